@@ -1,0 +1,37 @@
+# make lab    set up and open the first lesson in JupyterLab
+# make test   set up, run every test and execute every notebook from the installed wheel
+# make notebooks   execute the lessons and store their outputs
+# make lint   what pre-commit checks
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
+
+.PHONY: lab test notebooks lint clean
+
+lab: $(VENV)/ready
+	$(PIP) install -q --no-deps -e .
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+test: $(VENV)/ready
+	$(PIP) install -q --no-deps --force-reinstall .
+	$(BIN)/pytest $(PYTEST)
+
+notebooks: $(VENV)/ready
+	$(PIP) install -q --no-deps --force-reinstall .
+	$(BIN)/python tests/lessons.py
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(VENV)/ready: pyproject.toml constraints.txt torch-cpu.txt
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'sd3kit needs Python 3.11 to 3.13; set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --retries 1 --no-deps -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt -e .[dev]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

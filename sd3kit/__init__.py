@@ -1,0 +1,9 @@
+"""Learn Stable Diffusion 3: a small real SD3 in the package, and thin helpers around diffusers.
+
+`load` gives a plain diffusers pipeline; everything else is in its own module (`show`, `check`, `measure`).
+"""
+
+from .loading import MODELS, LoadError, load
+
+__all__ = ["MODELS", "LoadError", "load"]
+__version__ = "0.1.0"

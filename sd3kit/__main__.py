@@ -1,0 +1,7 @@
+"""`python -m sd3kit` is the command `sd3kit`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""What the lessons' self-checks share. A check never stops a notebook: it says where you are.
+
+An exercise leaves a name at None; a check answers with one line. `problem` in a check's own words names the likely
+mistake. `verdict` returns what it says, so that tests can read it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+NOT_YET = "Not attempted yet: set the name in the cell above and run both cells again."
+
+
+def verdict(
+    answer: Any, right: Callable[[Any], bool], *mistakes: tuple[Callable[[Any], bool], str], otherwise: str
+) -> str:
+    """Say whether an answer is right, and if not, the likely mistake.
+
+    Args:
+        answer: the learner's; None is not attempted.
+        right: tells a right answer.
+        *mistakes: pairs of a test for a typical wrong answer and what to say to it, tried in order.
+        otherwise: what to say to any other wrong answer.
+
+    Returns:
+        One line that begins with "Not attempted", "Right" or "Not yet". It is printed too.
+    """
+    if answer is None:
+        said = NOT_YET
+    elif _safely(right, answer):
+        said = "Right."
+    else:
+        hint = next((words for test, words in mistakes if _safely(test, answer)), otherwise)
+        said = f"Not yet: {hint}"
+    print(said)
+    return said
+
+
+def _safely(test: Callable[[Any], bool], answer: Any) -> bool:
+    """A test that cannot be applied to what was given (a text in place of a number, say) has not passed."""
+    try:
+        return bool(test(answer))
+    except Exception:
+        return False
+
+
+def guess(value: float | None, measured: float, unit: str = "") -> str:
+    """Compare a prediction that was made before the measurement with what came out; returns and prints one line."""
+    if value is None:
+        said = (
+            f"You made no prediction. Measured: {measured:.3g}{unit}. Next time guess first: it is how one learns most."
+        )
+    elif not isinstance(value, int | float) or not math.isfinite(value):
+        said = f"A prediction is a number, such as 1.5. Measured: {measured:.3g}{unit}."
+    else:
+        off = abs(value - measured) / max(abs(measured), 1e-12)
+        near = (
+            "close" if off < 0.25 else "in the right region" if off < 1 else "far off, so there is something to learn"
+        )
+        said = f"You guessed {value:g}{unit}, measured {measured:.3g}{unit}: {near}."
+    print(said)
+    return said

@@ -1,0 +1,82 @@
+"""The recipe on the command line: `python -m sd3kit.nano train`, `evaluate` and `sheets`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+
+from .. import measure
+from ..loading import NANO, LoadError, load, pick_device
+from . import autoencoder, evaluate, flow, scenes
+from .art import Art, ArtError
+from .judge import Judge, save_templates
+
+
+def parser() -> argparse.ArgumentParser:
+    cache = Path.home() / ".cache" / "sd3kit" / "nano"
+    top = argparse.ArgumentParser(prog="python -m sd3kit.nano", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
+    train.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
+    train.add_argument("--out", type=Path, default=NANO, help="where the finished pipeline goes (%(default)s)")
+    train.add_argument("--subjects", type=int, default=32, help="how many of the subjects (%(default)s)")
+    train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
+    train.add_argument("--flow-minutes", type=float, default=105, help="for the flow (%(default)s)")
+    train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    judge = commands.add_parser("evaluate", help="measure nano: each figure with its 95%% interval")
+    judge.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
+    judge.add_argument("--count", type=int, default=300, help="single subjects seen and held out (%(default)s)")
+    judge.add_argument("--work", type=Path, default=cache, help="the folder of the sources, for the floors")
+    judge.add_argument("--no-floors", action="store_true", help="leave out what needs the art")
+    judge.add_argument("--json", type=Path, help="write the record to this file")
+    sheets = commands.add_parser("sheets", help="draw the README's picture and the model card's contact sheet")
+    sheets.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
+    sheets.add_argument("folder", type=Path, help="where the two PNG files go")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return {"train": train, "evaluate": judge, "sheets": sheets}[options.command](options)
+    except (ArtError, LoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def train(options: argparse.Namespace) -> int:
+    if not 2 <= options.subjects <= len(scenes.SUBJECTS):
+        print(f"error: --subjects must be 2 to {len(scenes.SUBJECTS)}, not {options.subjects}", file=sys.stderr)
+        return 2
+    art = Art(options.work)
+    if not (options.work / "vae").exists():
+        autoencoder.train(art, options.work, options.vae_minutes, device=options.device)
+    vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
+    flow.train(art, vae, options.work, options.out, options.flow_minutes, options.subjects, device=options.device)
+    save_templates(art, options.subjects, options.out / "templates.webp")
+    return 0
+
+
+def judge(options: argparse.Namespace) -> int:
+    pipe = load(options.model)
+    art = None if options.no_floors else Art(options.work)
+    record = evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
+    print(evaluate.table(record))
+    if options.json:
+        command = f"python -m sd3kit.nano evaluate --model {options.model} --count {options.count}"
+        options.json.write_text(json.dumps(record | measure.stamp(command), indent=1) + "\n")
+    return 0
+
+
+def sheets(options: argparse.Namespace) -> int:
+    pipe = load(options.model)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    evaluate.showcase(pipe).image.save(options.folder / "nano.png", optimize=True)
+    evaluate.best_median_worst(pipe, Judge()).image.save(options.folder / "nano_held_out.png", optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

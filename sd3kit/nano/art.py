@@ -1,0 +1,221 @@
+"""From open emoji art to training pictures: fetch, check, render, and compose scenes on flat backgrounds.
+
+Only the recipe needs this module; drawing with nano does not. Rendering wants `resvg-py`, fetching wants `npm`.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
+
+from .scenes import COLOURS, STYLES, SUBJECTS, Scene, Subject
+
+# npm package, version and integrity, as `npm pack --json` prints it.
+SOURCES = {
+    "3d": (
+        "@iconify-json/fluent-emoji@1.2.7",
+        "sha512-D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
+    ),
+    "flat": (
+        "@iconify-json/fluent-emoji-flat@1.2.6",
+        "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+    ),
+    "noto": (
+        "@iconify-json/noto@1.2.9",
+        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    ),
+}
+SIDE = 160  # pixels of a rendered icon
+SIZE = 128  # pixels of a picture
+# Where the things of a count stand (x, y): two side by side, three as a triangle, four as a square.
+PLACES = {2: ((33, 64), (95, 64)), 3: ((64, 34), (33, 94), (95, 94)), 4: ((33, 34), (95, 34), (33, 94), (95, 94))}
+CELL = 16  # pixels of a letter's cell: one token of the transformer
+# The autoencoder learns from all the art that the three sets share, without people, flags and hands.
+_LEFT_OUT = set(
+    """
+flag skin man woman person people boy girl family men women couple hand child adult button keycap arrow letter
+male female kiss baby prince princess mrs santa elf fairy vampire zombie genie mage deaf troll superhero
+supervillain guard ninja pregnant breast bald beard hair medium light dark finger thumbs trade-mark
+""".split()
+)
+
+
+class ArtError(RuntimeError):
+    """The art could not be fetched or is not what was pinned; the message says what to do."""
+
+
+def fetch(folder: Path) -> dict[str, Path]:
+    """The three archives in `folder`, downloaded by `npm pack` where absent and checked against their hashes.
+
+    Raises:
+        ArtError: no npm, no network, or a file that does not match its hash.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for style, (package, integrity) in SOURCES.items():
+        name, _, version = package.rpartition("@")
+        path = folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
+        if not path.exists():
+            try:
+                subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
+            except FileNotFoundError:
+                raise ArtError(f"npm is needed to fetch {package}: install Node.js, or put {path} there.") from None
+            except subprocess.CalledProcessError as error:
+                raise ArtError(f"npm could not fetch {package}: {error.stderr.strip().splitlines()[-1]}") from None
+        digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+        if f"sha512-{digest}" != integrity:
+            raise ArtError(f"{path} is not the pinned {package} (its SHA-512 differs): delete it and try again.")
+        paths[style] = path
+    return paths
+
+
+def _icon(icons: dict, name: str) -> dict | None:
+    alias = icons.get("aliases", {}).get(name)
+    return icons["icons"].get(alias["parent"] if alias else name)
+
+
+def _render(icons: dict, name: str) -> np.ndarray:
+    import resvg_py  # an optional dependency: the extra `train`
+
+    icon = _icon(icons, name)
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    square = Image.new("RGBA", (SIDE, SIDE))
+    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    pixels = np.asarray(square).astype(np.float32)
+    pixels[..., :3] *= pixels[..., 3:] / 255  # premultiplied, so that scaling leaves no dark or light fringe
+    return pixels.round().astype(np.uint8)
+
+
+class Art:
+    """All the icons, rendered once: `art[icon, style]` is a (160, 160, 4) uint8 array with premultiplied alpha."""
+
+    def __init__(self, folder: Path):
+        """Load from `folder`, fetching and rendering (about a minute) the first time."""
+        cache = folder / "icons.npz"
+        if not cache.exists():
+            sets = {}
+            for style, path in fetch(folder).items():
+                with tarfile.open(path) as archive:
+                    sets[style] = json.load(archive.extractfile("package/icons.json"))
+            names = [
+                name
+                for name in sets["3d"]["icons"]
+                if not _LEFT_OUT & set(name.split("-")) and all(_icon(s, name) for s in sets.values())
+            ]
+            keys = [(name, style) for name in names for style in STYLES]
+            pixels = np.stack(
+                [_render(sets[style], name) for name, style in tqdm(keys, desc="rendering the art", mininterval=5)]
+            )
+            whole = cache.with_suffix(".part.npz")
+            np.savez(whole, pixels=pixels, keys=np.array(keys))
+            os.replace(whole, cache)
+        with np.load(cache) as stored:
+            self.pixels, self.keys = stored["pixels"], [tuple(map(str, key)) for key in stored["keys"]]
+        self._index = {key: i for i, key in enumerate(self.keys)}
+        missing = [s.icon for s in SUBJECTS if (s.icon, "3d") not in self._index]
+        if missing:
+            raise ArtError(f"the art lacks {', '.join(missing)}: delete {cache} and try again.")
+
+    def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
+        return self.pixels[self._index[key]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def place(canvas: np.ndarray, icon: np.ndarray, size: float, x: float, y: float) -> None:
+    """Composite the icon, `size` pixels wide, centred at (x, y), into a float (H, W, 3) canvas of 0..255, in place."""
+    n = round(size)
+    scaled = Image.frombytes("RGBa", (SIDE, SIDE), icon.tobytes()).resize((n, n), Image.Resampling.BICUBIC)
+    pixels = np.frombuffer(scaled.tobytes(), np.uint8).reshape(n, n, 4).astype(np.float32)
+    left, top = round(x - n / 2), round(y - n / 2)
+    height, width, _ = canvas.shape
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + n, width), min(top + n, height)
+    pixels = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+    region = canvas[y0:y1, x0:x1]
+    region *= 1 - pixels[..., 3:] / 255
+    region += pixels[..., :3]
+
+
+def sign(text: str) -> Image.Image:
+    """The sign alone, an RGBA picture of 128 px: one or two lines of capitals in the cells of the token grid.
+
+    A letter fills one cell of 16 px, so that one token of the transformer holds one letter.
+    """
+    lines, scale = text.upper().split()[:2], 4
+    first_row = 7 - len(lines)
+    columns = [(SIZE // CELL - len(line)) // 2 for line in lines]
+    left = min(columns) * CELL - 3
+    right = max(c + len(line) for c, line in zip(columns, lines, strict=True)) * CELL + 3
+    box = [v * scale for v in (max(left, 1), first_row * CELL - 4, min(right, SIZE - 1), 7 * CELL + 4)]
+    image = Image.new("RGBA", (SIZE * scale, SIZE * scale))
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle(box, 4 * scale, fill=(255, 253, 245, 255), outline=(70, 50, 40, 255), width=2 * scale)
+    font = ImageFont.load_default(17 * scale)  # Aileron, CC0, which Pillow carries
+    ink = (25, 25, 30, 255)
+    for row, (line, column) in enumerate(zip(lines, columns, strict=True)):
+        for i, letter in enumerate(line):
+            centre = ((column + i + 0.5) * CELL * scale, (first_row + row + 0.88) * CELL * scale)
+            draw.text(centre, letter, font=font, fill=ink, anchor="ms", stroke_width=scale // 2, stroke_fill=ink)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _paste(canvas: np.ndarray, image: Image.Image) -> None:
+    pixels = np.asarray(image).astype(np.float32)
+    alpha = pixels[..., 3:] / 255
+    canvas *= 1 - alpha
+    canvas += pixels[..., :3] * alpha
+
+
+def draw(scene: Scene, art: Art, rng: random.Random) -> np.ndarray:
+    """The scene as a float32 (128, 128, 3) array of 0..255; place, size and the shade of the background vary."""
+    canvas = np.empty((SIZE, SIZE, 3), np.float32)
+    canvas[:] = np.clip(np.array(COLOURS[scene.colour]) + [rng.uniform(-10, 10) for _ in range(3)], 0, 255)
+
+    def put(subject: Subject, size: float, x: float, y: float, wobble: float) -> None:
+        place(
+            canvas,
+            art[subject.icon, scene.style],
+            size,
+            x + rng.uniform(-wobble, wobble),
+            y + rng.uniform(-wobble, wobble),
+        )
+
+    subject = scene.subjects[0]
+    if scene.kind == "single":
+        size = rng.uniform(84, 112)
+        wobble = (SIZE - size) / 2 * 0.4
+        put(subject, size, 64, 64, wobble)
+    elif scene.kind == "sign":
+        lines = len(scene.text.split())
+        put(subject, rng.uniform(80, 88) if lines == 1 else rng.uniform(72, 80), 64, 46 if lines == 1 else 41, 3)
+        _paste(canvas, sign(scene.text))
+    elif scene.kind == "pair":
+        for x, each in zip((33, 95), scene.subjects, strict=True):
+            put(each, rng.uniform(54, 60), x, 64, 4)
+    else:
+        size = rng.uniform(50, 56)
+        for x, y in PLACES[scene.count]:
+            put(subject, size, x, y, 2)
+    return canvas.clip(0, 255)
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """(N, 3, H, W) in -1..1 from arrays (H, W, 3) of 0..255."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,196 @@
+"""Says what a picture of nano shows: background, subject, style, the words on a sign, how many.
+
+The judge is not a network and has never seen nano: it compares with the art itself. A picture's subject is cut out
+along the background, scaled to a fixed square and compared with every icon treated in the same way; letters are
+compared with the letters of the font. `evaluate` measures how often it is right on real renders.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import scenes
+from .art import CELL, PLACES, SIZE, Art, sign
+
+TEMPLATES = Path(__file__).parent / "templates.webp"
+_STORED = 40  # pixels of a stored template
+_SIDE = 24  # pixels of the square in which pictures and templates are compared
+_EDGE = 20  # how far from the background (0..255, in the strongest channel) a pixel belongs to the subject
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+WHOLE: Box = (0, 0, SIZE, SIZE)
+LEFT: Box = (0, 0, SIZE // 2, SIZE)
+RIGHT: Box = (SIZE // 2, 0, SIZE, SIZE)
+
+
+def save_templates(art: Art, subjects: int, path: Path = TEMPLATES) -> None:
+    """Store the icons of the first so many subjects, small, one row a subject and one column a style."""
+    sheet = Image.new("RGBA", (len(scenes.STYLES) * _STORED, subjects * _STORED))
+    for row, subject in enumerate(scenes.SUBJECTS[:subjects]):
+        for column, style in enumerate(scenes.STYLES):
+            icon = Image.frombytes("RGBa", (160, 160), art[subject.icon, style].tobytes())
+            icon = icon.resize((_STORED, _STORED), Image.Resampling.BOX).convert("RGBA")
+            sheet.paste(icon, (column * _STORED, row * _STORED))
+    sheet.save(path, lossless=False, quality=90, exact=True)
+
+
+def background(pixels: np.ndarray) -> np.ndarray:
+    """The colour (3,) of the flat background of a picture (H, W, 3): the median of its frame above any sign."""
+    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[:72, :3].reshape(-1, 3), pixels[:72, -3:].reshape(-1, 3)])
+    return np.median(frame, axis=0)
+
+
+def colour_name(rgb: np.ndarray) -> str:
+    """The name in `scenes.COLOURS` nearest to a colour (3,) of 0..255."""
+    return min(scenes.COLOURS, key=lambda name: float(np.square(rgb - scenes.COLOURS[name]).sum()))
+
+
+def _mask(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    return np.abs(pixels - colour).max(-1) > _EDGE
+
+
+def _extent(filled: np.ndarray) -> tuple[int, int]:
+    """The first and last index that hold more than a speck."""
+    where = np.flatnonzero(filled > max(1, 0.02 * filled.max()))
+    return int(where[0]), int(where[-1]) + 1
+
+
+def _normal(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray | None:
+    """The subject alone, centred and scaled to a square of fixed side; None where there is only background."""
+    mask = _mask(pixels, colour)
+    if mask.mean() < 0.01:
+        return None
+    (top, bottom), (left, right) = _extent(mask.sum(1)), _extent(mask.sum(0))
+    side = max(bottom - top, right - left)
+    square = np.empty((side, side, 3), np.float32)
+    square[:] = colour
+    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+    square[y : y + bottom - top, x : x + right - left] = pixels[top:bottom, left:right]
+    image = Image.fromarray(square.round().astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return np.asarray(image, np.float32)
+
+
+class Judge:
+    """Reads pictures of 128 px. Every method takes a PIL image; what it finds is the nearest of what nano knows."""
+
+    def __init__(self, subjects: int | None = None, path: Path = TEMPLATES):
+        """Compare with the first so many subjects of the stored templates; None is all of them."""
+        sheet = np.asarray(Image.open(path).convert("RGBA"), np.float32)
+        rows = sheet.shape[0] // _STORED
+        sheet = sheet.reshape(rows, _STORED, -1, _STORED, 4).swapaxes(1, 2)[:subjects]
+        self.subjects = scenes.SUBJECTS[: len(sheet)]
+        self._icons = sheet
+        self._at = functools.lru_cache(maxsize=64)(self._templates)
+
+    def _templates(self, colour: tuple[int, int, int]) -> np.ndarray:
+        """Every template on a background, normalised: (subjects, styles, side, side, 3)."""
+        rgb = np.array(colour, np.float32)
+        alpha = self._icons[..., 3:] / 255
+        composed = self._icons[..., :3] * alpha + rgb * (1 - alpha)
+        flat = composed.reshape(-1, _STORED, _STORED, 3)
+        normal = [_normal(icon, rgb) for icon in flat]
+        nothing = np.full((_SIDE, _SIDE, 3), -1e3, np.float32)  # an icon of the background's colour matches nothing
+        stack = np.stack([nothing if n is None else n for n in normal])
+        return stack.reshape(*self._icons.shape[:2], _SIDE, _SIDE, 3)
+
+    def background(self, image: Image.Image) -> str:
+        """The name of the background's colour."""
+        return colour_name(background(np.asarray(image.convert("RGB"), np.float32)))
+
+    def distances(self, image: Image.Image, box: Box = WHOLE) -> np.ndarray:
+        """The mean squared distance (subjects, styles) of what stands in the box to every template; inf for nothing."""
+        pixels = np.asarray(image.convert("RGB"), np.float32)
+        colour = background(pixels)
+        left, top, right, bottom = box
+        cut = _normal(pixels[top:bottom, left:right], colour)
+        if cut is None:
+            return np.full(self._icons.shape[:2], np.inf)
+        templates = self._at(tuple(min(255, int(v)) for v in (colour / 4).round() * 4))
+        return np.square(templates - cut).mean((2, 3, 4))
+
+    def subject(self, image: Image.Image, box: Box = WHOLE) -> tuple[str, str] | None:
+        """The subject's name and its style, or None where the box holds only background."""
+        distances = self.distances(image, box)
+        if not np.isfinite(distances).any():
+            return None
+        row, column = np.unravel_index(distances.argmin(), distances.shape)
+        return self.subjects[row].name, list(scenes.STYLES)[column]
+
+    def text(self, image: Image.Image) -> str:
+        """The words on the sign, in small letters; empty where there is none."""
+        pixels = np.asarray(image.convert("L"), np.float32)
+        lines = [line for row in (5, 6) if (line := _read_row(pixels, row))]
+        return " ".join(lines).lower()
+
+    def count(self, image: Image.Image) -> int:
+        """How many things stand in the picture, 2 to 4, by which of nano's arrangements fits best."""
+        pixels = np.asarray(image.convert("RGB"), np.float32)
+        mask = _mask(pixels, background(pixels))
+        if not mask.any():
+            return 0
+        return max(PLACES, key=lambda n: _fit(mask, n))
+
+    def names(self, image: Image.Image, count: int) -> list[str | None]:
+        """The subject at each place of an arrangement of so many."""
+        found = [self.subject(image, _around(x, y)) for x, y in PLACES[count]]
+        return [f and f[0] for f in found]
+
+
+def _around(x: int, y: int) -> Box:
+    return max(x - 31, 0), max(y - 31, 0), min(x + 31, SIZE), min(y + 31, SIZE)
+
+
+def _fit(mask: np.ndarray, count: int) -> float:
+    """How much of the mask lies in the boxes of an arrangement, less how far from their centres."""
+    inside, away = 0.0, 0.0
+    for x, y in PLACES[count]:
+        left, top, right, bottom = _around(x, y)
+        part = mask[top:bottom, left:right]
+        if part.mean() < 0.03:
+            return -math.inf
+        rows, columns = np.nonzero(part)
+        away += math.hypot(rows.mean() + top - y, columns.mean() + left - x) / 31 / count
+        inside += part.sum()
+    return inside / mask.sum() - away
+
+
+@functools.cache
+def _letters() -> tuple[str, np.ndarray]:
+    """The letters, and for each its cell with two pixels around it as (n, 20, 20) gray, cut from real signs."""
+    cells = []
+    for letter in _LETTERS:
+        drawn = Image.new("RGBA", (SIZE, SIZE), "white")
+        drawn.alpha_composite(sign(letter * 7))  # seven letters start in column 0
+        gray = np.asarray(drawn.convert("L"), np.float32)
+        y, x = 6 * CELL, 3 * CELL
+        cell = gray[y : y + CELL, x : x + CELL].copy()
+        cells.append(cell)
+    return _LETTERS, np.stack(cells)
+
+
+def _read_row(gray: np.ndarray, row: int) -> str:
+    """The letters of one line of a sign, from gray (128, 128); empty where the row is no line of a sign."""
+    letters, templates = _letters()
+    centred = templates - templates.mean((1, 2), keepdims=True)
+    norms = np.sqrt(np.square(centred).sum((1, 2)))
+    line = ""
+    for column in range(SIZE // CELL):
+        best, found = 0.0, " "
+        for dy in (-2, -1, 0, 1, 2):
+            for dx in (-2, -1, 0, 1, 2):
+                y, x = row * CELL + dy, column * CELL + dx
+                if x < 0 or x + CELL > SIZE:
+                    continue
+                cell = gray[y : y + CELL, x : x + CELL]
+                if np.percentile(cell, 75) < 190 or cell.min() > 150:
+                    continue  # not ink on a light sign
+                shifted = cell - cell.mean()
+                match = (centred * shifted).sum((1, 2)) / (norms * np.sqrt(np.square(shifted).sum()) + 1e-6)
+                if match.max() > best:
+                    best, found = float(match.max()), letters[int(match.argmax())]
+        line += found if best > 0.6 else " "
+    words = line.split()
+    return max(words, key=len) if words else ""

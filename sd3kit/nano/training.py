@@ -1,0 +1,118 @@
+"""What the two trainings of nano share: the device and its precision, a budget in minutes, checkpoints, averages."""
+
+import contextlib
+import math
+import os
+import time
+import unittest.mock
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the machine multiplies matrices in it, float32 elsewhere."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # a CPU without these instructions emulates bfloat16, slower than float32
+    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """Write a checkpoint whole or not at all: a kill at any moment leaves the old one or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+class _StaysFloat32(torch.Tensor):
+    """A tensor that answers `bfloat16()` with a float32 copy of itself."""
+
+    def bfloat16(self, *args, **kwargs) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).float().clone()
+
+
+@contextlib.contextmanager
+def muon_in_float32(wanted: bool) -> Iterator[None]:
+    """Let `torch.optim.Muon` orthogonalise in float32 while this lasts.
+
+    torch 2.13 always does it in bfloat16, which a CPU without such instructions emulates: 7.7 s a step of nano on one,
+    where float32 takes 0.2 s.
+    """
+    inner = torch.optim._muon._zeropower_via_newtonschulz
+
+    def outer(grad: torch.Tensor, *rest) -> torch.Tensor:
+        return inner(grad.as_subclass(_StaysFloat32) if wanted else grad, *rest)
+
+    with unittest.mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", outer):
+        yield
+
+
+class Average:
+    """An exponential average of parameters: what draws, while the parameters themselves go on learning."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
+        self.decay, self.steps = decay, 0
+        self.source = parameters
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.source], weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the parameters; twice brings back what was."""
+        for value, parameter in zip(self.values, self.source, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "values": self.values}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for value, stored in zip(self.values, state["values"], strict=True):
+            value.copy_(stored)
+
+
+class Budget:
+    """Minutes to spend, whatever the machine does in them; iterating gives the part that is done, from 0 to 1.
+
+    A budget in time and not in steps makes one recipe serve a laptop, a session of a few hours, and a GPU.
+    """
+
+    def __init__(self, minutes: float, name: str):
+        self.minutes, self.name, self.spent, self.steps = minutes, name, 0.0, 0
+        self.notes: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[float]:
+        total = self.minutes * 60
+        last = time.monotonic()
+        with tqdm(total=round(total), initial=round(self.spent), unit="s", desc=self.name, mininterval=10) as bar:
+            while self.spent < total:
+                yield self.spent / total
+                now = time.monotonic()
+                self.spent, last = self.spent + now - last, now
+                self.steps += 1
+                bar.set_postfix({"step": self.steps} | self.notes, refresh=False)
+                bar.update(round(self.spent) - bar.n)
+
+    def state_dict(self) -> dict:
+        return {"spent": self.spent, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.spent, self.steps = state["spent"], state["steps"]
+
+
+def cosine(done: float, start: float, floor: float) -> float:
+    """A learning-rate factor: 1 until `start` of the budget is done, then a cosine down to `floor` at the end."""
+    after = max(0.0, (done - start) / (1 - start))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))

@@ -1,0 +1,71 @@
+"""Fixtures that several tests share; nano is loaded once."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("SD3KIT_MODEL", None)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+        if item.get_closest_marker("hub") and not os.environ.get("SD3KIT_TEST_HUB"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs the Hugging Face Hub: set SD3KIT_TEST_HUB=1 where there is one")
+            )
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    import sd3kit
+
+    pipe = sd3kit.load("nano", quiet=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def judge():
+    from sd3kit.nano.judge import Judge
+
+    return Judge()
+
+
+@pytest.fixture(scope="session")
+def art(judge):
+    """The art as far as the package carries it: the judge's small templates, scaled up. Enough to test with."""
+
+    class SmallArt:
+        def __init__(self):
+            from sd3kit.nano.judge import TEMPLATES
+            from sd3kit.nano.scenes import STYLES
+
+            sheet = Image.open(TEMPLATES).convert("RGBA")
+            side, self.pixels, self.keys = sheet.width // len(STYLES), [], []
+            for row, subject in enumerate(judge.subjects):
+                for column, style in enumerate(STYLES):
+                    box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+                    icon = sheet.crop(box).resize((160, 160), Image.Resampling.BICUBIC).convert("RGBa")
+                    self.pixels.append(np.frombuffer(icon.tobytes(), np.uint8).reshape(160, 160, 4))
+                    self.keys.append((subject.icon, style))
+            self.index = {key: i for i, key in enumerate(self.keys)}
+
+        def __getitem__(self, key):
+            return self.pixels[self.index[key]]
+
+        def __len__(self):
+            return len(self.keys)
+
+    return SmallArt()
+
+
+@pytest.fixture
+def rng():
+    return random.Random(0)

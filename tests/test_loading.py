@@ -1,0 +1,152 @@
+"""`load`: names, errors in one sentence, random weights, and that what it gives is plain diffusers."""
+
+import errno
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import errors as hub
+
+import sd3kit
+from sd3kit import configs
+from sd3kit.loading import NANO, explain, pick_dtype, resolve
+
+
+def hub_error(kind, message="no"):
+    import httpx
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
+    return kind(message, response=response)
+
+
+def test_nano_is_the_default_and_a_plain_pipeline(pipe, capsys):
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert resolve() == str(NANO)
+
+
+def test_says_in_one_line_what_it_picked_and_why(capsys):
+    sd3kit.load("nano", device="cpu")
+    assert capsys.readouterr().out == "nano on cpu in float32: it is small enough for full precision.\n"
+
+
+def test_the_environment_sets_the_default(monkeypatch):
+    monkeypatch.setenv("SD3KIT_MODEL", "medium")
+    assert resolve() == configs.HUB["medium"]
+    assert resolve("nano") == str(NANO)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("medum", "did you mean medium"),
+        ("nono", "did you mean nano"),
+        ("zzz", "use one of nano"),
+        ("3.5-lage", "3.5-large"),
+    ],
+)
+def test_an_unknown_name_offers_the_nearest(name, words):
+    with pytest.raises(sd3kit.LoadError, match=words):
+        sd3kit.load(name)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(sd3kit.LoadError, match=r"no model_index\.json"):
+        sd3kit.load(tmp_path)
+
+
+def copy_of_nano(folder):
+    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return folder
+
+
+def test_a_saved_folder_loads(tmp_path):
+    assert type(sd3kit.load(copy_of_nano(tmp_path / "mine"), quiet=True)) is StableDiffusion3Pipeline
+
+
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_a_damaged_weights_file(tmp_path, keep):
+    file = copy_of_nano(tmp_path / "mine") / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(sd3kit.LoadError, match="damaged"):
+        sd3kit.load(tmp_path / "mine")
+
+
+def test_a_missing_file(tmp_path):
+    (copy_of_nano(tmp_path / "mine") / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(sd3kit.LoadError, match="lacks a file"):
+        sd3kit.load(tmp_path / "mine")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    vae = copy_of_nano(tmp_path / "mine") / "vae"
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, vae / "diffusion_pytorch_model.bin")
+    with pytest.raises(sd3kit.LoadError, match="lacks a file"):
+        sd3kit.load(tmp_path / "mine")
+
+
+def test_a_real_model_without_a_network_says_so():
+    with pytest.raises(sd3kit.LoadError, match="cannot be reached"):
+        sd3kit.load("medium")
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (hub_error(hub.GatedRepoError), "accept its licence.*hf auth login"),
+        (hub_error(hub.RepositoryNotFoundError), "no model"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (ConnectionError("refused"), "cannot be reached"),
+    ],
+)
+def test_causes_are_found_behind_what_diffusers_raises(cause, words):
+    import re
+
+    outer = OSError("couldn't connect")
+    outer.__cause__ = cause
+    sentence = explain(outer, "medium", configs.HUB["medium"])
+    assert re.search(words, sentence) and "\n" not in sentence
+
+
+def test_an_error_of_another_kind_is_not_disguised():
+    assert explain(KeyError("x"), "medium", configs.HUB["medium"]) is None
+
+
+def test_weights_must_be_named_right():
+    with pytest.raises(ValueError, match=r"trained.*random"):
+        sd3kit.load(weights="rnadom")
+
+
+def test_precision_by_model_and_device():
+    assert pick_dtype("nano", "cuda")[0] is torch.float32
+    assert pick_dtype("medium", "cuda")[0] is torch.float16
+    assert pick_dtype("medium", "cpu")[0] is torch.bfloat16
+
+
+def test_random_weights_draw_noise_and_say_so(capsys):
+    pipe = sd3kit.load("nano", weights="random", device="cpu")
+    assert "noise" in capsys.readouterr().out
+    image = pipe("a fox", num_inference_steps=1, output_type="pt", max_sequence_length=16).images
+    assert image.shape == (1, 3, 128, 128)
+
+
+def test_random_knows_only_the_named_models():
+    with pytest.raises(sd3kit.LoadError, match="configurations"):
+        sd3kit.load("someone/else", weights="random")
+
+
+@pytest.mark.parametrize(("name", "billions"), [("medium", 2.03), ("3.5-medium", 2.24), ("3.5-large", 8.06)])
+def test_configurations_give_the_published_sizes(name, billions):
+    """Rounded by their cards: Medium 2B (the announcement), 3.5 Medium 2.5B, 3.5 Large 8.1B."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**configs.TRANSFORMER[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.hub
+def test_the_hub_asks_for_the_licence():
+    with pytest.raises(sd3kit.LoadError, match="licence"):
+        sd3kit.load("medium", token=False)

@@ -1,0 +1,115 @@
+"""The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+from sd3kit.nano import __main__ as command
+from sd3kit.nano import art as art_module
+from sd3kit.nano import autoencoder, evaluate, flow, training
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "flow.pt"
+    training.save_whole({"step": 1}, path)
+
+    def dies(state, part):
+        part.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        training.save_whole({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_the_average_follows_and_swaps_back():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = training.Average([weight], 0.9)
+    for _ in range(200):
+        weight.data.fill_(1.0)
+        average.update()
+    weight.data.fill_(5.0)
+    average.swap()
+    assert weight.item() == pytest.approx(1.0, abs=1e-3)
+    average.swap()
+    assert weight.item() == 5.0
+
+
+def test_the_learning_rate_falls_only_at_the_end():
+    assert training.cosine(0.0, 0.6, 0.02) == training.cosine(0.6, 0.6, 0.02) == 1
+    assert training.cosine(1.0, 0.6, 0.02) == pytest.approx(0.02)
+    assert 0.02 < training.cosine(0.8, 0.6, 0.02) < 1
+
+
+def test_muon_in_float32_takes_the_same_step():
+    """The same direction as torch's own bfloat16, to bfloat16's precision, and torch's own afterwards."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(32, 64), torch.randn(32, 64)
+    ends = []
+    for wanted in (False, True):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient.clone()
+        inner = torch.optim._muon._zeropower_via_newtonschulz
+        with training.muon_in_float32(wanted):
+            torch.optim.Muon([weight], lr=1.0, weight_decay=0.0).step()
+        assert torch.optim._muon._zeropower_via_newtonschulz is inner
+        ends.append((weight.detach() - start).flatten())
+    assert torch.cosine_similarity(*ends, dim=0) > 0.999
+    assert not torch.equal(*ends)
+
+
+def test_pca_code_reconstructs_patches(art, rng):
+    pictures = art_module.to_tensor([autoencoder.random_picture(art, rng) for _ in range(64)])
+    mean, projection = autoencoder.fit_pca(pictures)
+    patches = autoencoder._patches(pictures).reshape(-1, 192) - mean
+    code = patches @ projection
+    back = code @ torch.linalg.lstsq(code, patches).solution
+    assert (patches - back).square().mean() < 0.05 * patches.square().mean()
+
+
+def test_the_recipe_learns_continues_and_saves_a_pipeline(art, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flow, "HALVES", (flow.Half(("single",), 4, 16), flow.Half(("sign",), 2, 32)))
+    AutoencoderKL(**autoencoder.CONFIG).save_pretrained(tmp_path / "vae")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+
+    def run(minutes):
+        flow.train(art, vae, tmp_path, tmp_path / "out", minutes, 4)
+        return torch.load(tmp_path / "flow.pt", weights_only=True)
+
+    first = run(0.08)
+    again = run(0.12)
+    assert again["budget"]["steps"] > first["budget"]["steps"] > 0
+    assert again["budget"]["spent"] == pytest.approx(0.12 * 60, abs=3)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
+    assert pipe("a fox", num_inference_steps=1, max_sequence_length=16).images[0].size == (128, 128)
+
+
+def test_the_autoencoder_learns_and_continues(art, tmp_path):
+    autoencoder.train(art, tmp_path, 0.05, batch=4)
+    vae = autoencoder.train(art, tmp_path, 0.1, batch=4)
+    stored = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert stored.config.scaling_factor == vae.config.scaling_factor > 0
+
+
+def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    for package, _ in art_module.SOURCES.values():
+        name, _, version = package.rpartition("@")
+        (tmp_path / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz").write_bytes(b"another file")
+    with pytest.raises(art_module.ArtError, match="not the pinned"):
+        art_module.fetch(tmp_path)
+
+
+def test_without_npm_the_recipe_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert command.main(["train", "--work", str(tmp_path)]) == 1
+    assert "npm is needed" in capsys.readouterr().err
+
+
+def test_evaluate_measures_every_figure(pipe, judge):
+    record = evaluate.evaluate(pipe, judge, count=4, num_inference_steps=4)
+    assert len(record["figures"]) == 8
+    for figures in record["figures"].values():
+        assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
+    table = evaluate.table(record)
+    assert "single, held out" in table and "seconds a picture" in table
