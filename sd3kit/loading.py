@@ -1,9 +1,11 @@
 """`load`: a plain diffusers pipeline for nano, the real SD3 models, or any folder; and every way it can fail."""
 
+import contextlib
 import difflib
 import errno
 import importlib.resources
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,9 @@ def pick_device() -> str:
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The precision for a model on a device, and why."""
-    if name == "nano":
+    """The precision for a model (a name, a folder or a Hub id) on a device, and why."""
+    folder = NANO if name == "nano" else Path(name)
+    if folder.is_dir() and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 2**30:
         return torch.float32, "it is small enough for full precision"
     if device == "cpu":
         return torch.bfloat16, "half the memory of float32, and fp16 is slow on a CPU"
@@ -114,11 +117,34 @@ def load(
     return pipe
 
 
-def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
-    from diffusers import StableDiffusion3Pipeline
+@contextlib.contextmanager
+def _undisturbed(local: bool) -> Iterator[None]:
+    """Keep the libraries' notes on optional packages, and for a local folder their progress bars, off the page."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    libraries = (diffusers_logging, transformers_logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    transformers_logging.set_verbosity_error()
+    if local:
+        for library in libraries:
+            library.disable_progress_bar()
     try:
-        return StableDiffusion3Pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for library, was in zip(libraries, shown, strict=True):
+            if was:
+                library.enable_progress_bar()
+
+
+def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
+    try:
+        with _undisturbed(local=Path(source).is_dir()):
+            from diffusers import StableDiffusion3Pipeline
+
+            return StableDiffusion3Pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
     except Exception as error:
         sentence = explain(error, name, source)
         if sentence is None:
@@ -177,7 +203,7 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    parts = StableDiffusion3Pipeline.from_pretrained(NANO, dtype=dtype, use_safetensors=True).components
+    parts = _trained("nano", str(NANO), dtype, {}).components
     if name == "nano":
         for module in parts.values():
             if isinstance(module, torch.nn.Module):

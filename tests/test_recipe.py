@@ -1,5 +1,7 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -104,6 +106,12 @@ def test_without_npm_the_recipe_says_what_is_missing(tmp_path, monkeypatch, caps
     monkeypatch.setenv("PATH", "")
     assert command.main(["train", "--work", str(tmp_path)]) == 1
     assert "npm is needed" in capsys.readouterr().err
+
+
+def test_the_model_card_shows_the_stored_record():
+    card = command.CARD.read_text(encoding="utf-8")
+    shown = card.partition(evaluate.CARD_START)[2].partition(evaluate.CARD_END)[0].strip()
+    assert shown == evaluate.markdown(json.loads(command.RECORD.read_text(encoding="utf-8")))
 
 
 def test_evaluate_measures_every_figure(pipe, judge):

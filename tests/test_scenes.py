@@ -2,6 +2,7 @@
 
 import pytest
 
+from sd3kit.loading import NANO
 from sd3kit.nano import scenes
 
 KINDS = ("single", "sign", "pair", "count")
@@ -55,6 +56,11 @@ def test_left_and_right_are_told_apart():
     cat, fox = FIRST[0], FIRST[2]
     text = scenes.caption(scenes.Scene("pair", (fox, cat), "3d", "red"))
     assert text.index("fox") < text.index("cat")
+
+
+def test_the_listed_hold_out_is_the_one_in_force(judge):
+    listed = (NANO / "held_out.txt").read_text(encoding="utf-8").splitlines()
+    assert listed == scenes.held_out(judge.subjects)
 
 
 def test_names_are_unique():

@@ -13,6 +13,9 @@ from . import autoencoder, evaluate, flow, scenes
 from .art import Art, ArtError
 from .judge import Judge, save_templates
 
+CARD = NANO / "README.md"
+RECORD = NANO / "evaluation.json"
+
 
 def parser() -> argparse.ArgumentParser:
     cache = Path.home() / ".cache" / "sd3kit" / "nano"
@@ -25,12 +28,17 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=105, help="for the flow (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
+    polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
+    polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
+    polish.add_argument("--minutes", type=float, default=10)
+    polish.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
     judge = commands.add_parser("evaluate", help="measure nano: each figure with its 95%% interval")
     judge.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
     judge.add_argument("--count", type=int, default=300, help="single subjects seen and held out (%(default)s)")
     judge.add_argument("--work", type=Path, default=cache, help="the folder of the sources, for the floors")
     judge.add_argument("--no-floors", action="store_true", help="leave out what needs the art")
-    judge.add_argument("--json", type=Path, help="write the record to this file")
+    judge.add_argument("--store", action="store_true", help="keep the record, and write it into the model card")
     sheets = commands.add_parser("sheets", help="draw the README's picture and the model card's contact sheet")
     sheets.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
     sheets.add_argument("folder", type=Path, help="where the two PNG files go")
@@ -40,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return {"train": train, "evaluate": judge, "sheets": sheets}[options.command](options)
+        return {"train": train, "polish": polish, "evaluate": judge, "sheets": sheets}[options.command](options)
     except (ArtError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,6 +64,16 @@ def train(options: argparse.Namespace) -> int:
     vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
     flow.train(art, vae, options.work, options.out, options.flow_minutes, options.subjects, device=options.device)
     save_templates(art, options.subjects, options.out / "templates.webp")
+    held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
+    (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")
+    return 0
+
+
+def polish(options: argparse.Namespace) -> int:
+    art = Art(options.work)
+    vae = AutoencoderKL.from_pretrained(options.out / "vae", use_safetensors=True)
+    vae = autoencoder.polish(art, vae, options.minutes, device=options.device)
+    vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
     return 0
 
 
@@ -63,10 +81,15 @@ def judge(options: argparse.Namespace) -> int:
     pipe = load(options.model)
     art = None if options.no_floors else Art(options.work)
     record = evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
+    command = f"python -m sd3kit.nano evaluate --count {options.count}"
+    record |= measure.stamp(command)
     print(evaluate.table(record))
-    if options.json:
-        command = f"python -m sd3kit.nano evaluate --model {options.model} --count {options.count}"
-        options.json.write_text(json.dumps(record | measure.stamp(command), indent=1) + "\n")
+    if options.store:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        before, start, rest = CARD.read_text(encoding="utf-8").partition(evaluate.CARD_START)
+        after = rest.partition(evaluate.CARD_END)[2]
+        card = f"{before}{start}\n{evaluate.markdown(record)}\n{evaluate.CARD_END}{after}"
+        CARD.write_text(card, encoding="utf-8")
     return 0
 
 

@@ -78,6 +78,31 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / (pictures - copies).square().mean((1, 2, 3)))
 
 
+class Crops:
+    """Batches of 64 px crops of 128 px pictures: the same cost per pixel as whole pictures, and more steps."""
+
+    def __init__(self, art: Art, rng: random.Random, device: str):
+        self.art, self.rng, self.device = art, rng, device
+        self.pool = [random_picture(art, rng) for _ in range(512)]
+
+    def __call__(self, batch: int) -> torch.Tensor:
+        rng, cut = self.rng, []
+        for _ in range(6):
+            self.pool[rng.randrange(len(self.pool))] = random_picture(self.art, rng)
+        for _ in range(batch):
+            y, x = rng.randrange(SIZE - 63), rng.randrange(SIZE - 63)
+            crop = rng.choice(self.pool)[y : y + 64, x : x + 64]
+            cut.append(crop[:, ::-1] if rng.random() < 0.3 else crop)
+        return to_tensor(cut).to(self.device, memory_format=torch.channels_last)
+
+
+def picture_loss(copy: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+    """L1 and a little L2, and L1 of the differences of neighbours, which keeps edges sharp."""
+    error = copy.float() - picture
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges
+
+
 def train(
     art: Art,
     out: Path,
@@ -96,8 +121,8 @@ def train(
     average, budget = Average(list(vae.parameters()), 0.998), Budget(minutes, "autoencoder")
     kept = {"model": vae, "optimizer": optimizer, "average": average, "budget": budget}
     checkpoint = out / "vae.pt"
-    pool = [random_picture(art, rng) for _ in range(512)]
-    mean, projection = fit_pca(to_tensor(pool))
+    crops = Crops(art, rng, device)
+    mean, projection = fit_pca(to_tensor(crops.pool))
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for name, part in kept.items():
@@ -107,30 +132,17 @@ def train(
     mean, projection = mean.to(device), projection.to(device)
     fresh = to_tensor([random_picture(art, rng) for _ in range(48)]).to(device)
 
-    def crops() -> torch.Tensor:
-        """64 px crops of 128 px pictures: the same cost per pixel as whole pictures, and more steps."""
-        for _ in range(6):
-            pool[rng.randrange(len(pool))] = random_picture(art, rng)
-        cut = []
-        for _ in range(batch):
-            y, x = rng.randrange(SIZE - 63), rng.randrange(SIZE - 63)
-            crop = rng.choice(pool)[y : y + 64, x : x + 64]
-            cut.append(crop[:, ::-1] if rng.random() < 0.3 else crop)
-        return to_tensor(cut).to(device, memory_format=torch.channels_last)
-
     for done in budget:
         warm = min(1.0, (budget.steps + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * cosine(done, 0.2, 0.01)
-        x = crops()
+        x = crops(batch)
         code = ((_patches(x) - mean) @ projection).permute(0, 3, 1, 2)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             latent = vae.encode(x).latent_dist
             z = code if done < apart else latent.mean
-            y = vae.decode(z + NOISE * torch.randn_like(z)).sample.float()
-        error = y - x
-        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = error.abs().mean() + 0.5 * error.square().mean() + 0.5 * gradients
+            y = vae.decode(z + NOISE * torch.randn_like(z)).sample
+        loss = picture_loss(y, x)
         loss = loss + 1e-3 * (latent.logvar.float() - 2 * math.log(NOISE)).square().mean()
         loss = loss + (1.0 if done < apart else 0.01) * (latent.mean.float() - code).square().mean()
         optimizer.zero_grad()
@@ -146,6 +158,33 @@ def train(
             save_whole(state | {"pca": (mean.cpu(), projection.cpu())}, checkpoint)
     average.swap()
     return finish(vae.to("cpu"), art, out)
+
+
+def polish(
+    art: Art, vae: AutoencoderKL, minutes: float, *, device: str = "cpu", rate: float = 1e-3, batch: int = 16
+) -> AutoencoderKL:
+    """Let the decoder alone learn on, in place. The latents stay as they are, and with them all that a flow learnt."""
+    rng, dtype = random.Random(2), fast_dtype(device)
+    vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, budget = Average(list(vae.decoder.parameters()), 0.998), Budget(minutes, "decoder")
+    crops = Crops(art, rng, device)
+    for done in budget:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (budget.steps + 1) / 100) * cosine(done, 0.1, 0.01)
+        x = crops(batch)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            z = vae.encode(x).latent_dist.mean
+            y = vae.decode(z + NOISE * torch.randn_like(z)).sample
+        loss = picture_loss(y, x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update()
+        budget.notes = {"loss": f"{loss.item():.4f}"}
+    average.swap()
+    return vae.to("cpu").requires_grad_(False)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from . import scenes
 from .art import CELL, SIZE, Art, draw, to_tensor
 from .judge import LEFT, RIGHT, WHOLE, Box, Judge
 
+CARD_START, CARD_END = "<!-- figures -->", "<!-- end of figures -->"
 KINDS = ("single", "sign", "pair", "count")
 ANNOUNCEMENT = "A cat holding a sign that says hello world"
 SHOWCASE = (
@@ -122,7 +123,7 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
     record: dict = {"subjects": len(judge.subjects), "figures": {}}
     for kind in KINDS:
         for held_out in (False, True):
-            asked = ask(kind, count if kind == "single" else max(2, count // 2), judge.subjects, held_out, 0)
+            asked = ask(kind, count if kind == "single" else max(2, count // 5), judge.subjects, held_out, 0)
             drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **kwargs)
             record["figures"][f"{kind}, {'held out' if held_out else 'seen'}"] = tally(judge, drawn, asked)
     twenty = pictures(pipe, [ANNOUNCEMENT] * 20, **kwargs)
@@ -130,7 +131,11 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
     record["announcement"] = measure.share(near)
     record["seconds a picture"] = {"sd3kit": seconds(pipe, 40), "diffusers' defaults": seconds(pipe, 256)}
     if art is not None:
-        record["floors"] = floors(judge, art, pipe.vae, max(2, count // 2))
+        from .autoencoder import psnr, random_picture
+
+        record["floors"] = floors(judge, art, pipe.vae, max(2, count // 5))
+        rng = random.Random(6)
+        record["psnr"] = float(psnr(pipe.vae, to_tensor([random_picture(art, rng) for _ in range(count)])).mean())
     return record
 
 
@@ -144,24 +149,41 @@ def seconds(pipe, length: int, calls: int = 5) -> float:
     return round(statistics.median(times[1:]), 3)
 
 
-def table(record: dict) -> str:
-    """The record as a table for the terminal."""
-    lines = [f"{record['subjects']} subjects; share right with 95% interval"]
+def rows(record: dict) -> list[tuple[str, str, str]]:
+    """The record as rows: what was asked, the figure, its interval or nothing."""
 
-    def row(title: str, figures: dict) -> None:
-        for name, f in figures.items():
-            lines.append(f"{title:<34}{name:<12}{f['share']:>7.1%}  {f['low']:.1%} to {f['high']:.1%}  (n={f['n']})")
+    def of(title: str, figures: dict) -> list[tuple[str, str, str]]:
+        return [
+            (f"{title}: {name}", f"{f['share']:.1%}", f"{f['low']:.1%} to {f['high']:.1%}, n = {f['n']}")
+            for name, f in figures.items()
+        ]
 
+    found = []
     for title, figures in record["figures"].items():
-        row(title, figures)
-    row("the announcement's prompt", {"text": record["announcement"]})
-    for kind, kinds in record.get("floors", {}).items():
+        found += of(title, figures)
+    found += of("the announcement's prompt, within two letters", {"text": record["announcement"]})
+    for kind, floors in record.get("floors", {}).items():
         for title in ("real renders", "autoencoder's copies", "shuffled prompts"):
-            row(f"{kind}, {title}", kinds[title])
-        lines.append(f"{kind + ', autoencoder':<46}{kinds['psnr']:>7.2f} dB")
-    for name, value in record["seconds a picture"].items():
-        lines.append(f"seconds a picture, {name}: {value}")
-    return "\n".join(lines)
+            found += of(f"{kind}, {title}", floors[title])
+        found.append((f"{kind}: PSNR of the autoencoder", f"{floors['psnr']:.2f} dB", ""))
+    if "psnr" in record:
+        found.append(("all the art: PSNR of the autoencoder", f"{record['psnr']:.2f} dB", ""))
+    found += [(f"seconds a picture, {name}", f"{value:.2f}", "") for name, value in record["seconds a picture"].items()]
+    return found
+
+
+def table(record: dict) -> str:
+    """The record for the terminal."""
+    lines = [f"{record['subjects']} subjects; share right, with its 95% interval"]
+    return "\n".join(lines + [f"{what:<62}{figure:>9}  {interval}" for what, figure, interval in rows(record)])
+
+
+def markdown(record: dict) -> str:
+    """The record for the model card."""
+    head = f"{record['subjects']} subjects. `{record['command']}`, {record['date']}, {record['device']}, "
+    head += f"{record['cores']} cores, " + ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k != "sd3kit")
+    lines = [head + ".", "", "| figure | value | 95% interval |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows(record)])
 
 
 def showcase(pipe) -> show.Picture:

@@ -102,7 +102,7 @@ def optimizers(model: torch.nn.ModuleDict, rate: float, muon_rate: float) -> lis
     others = [p for p in model.parameters() if id(p) not in chosen]
     made = [
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-        torch.optim.Muon(muon, lr=muon_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(muon, lr=muon_rate, weight_decay=0.0, ns_steps=4, adjust_lr_fn="match_rms_adamw"),
     ]
     for optimizer in made:
         for group in optimizer.param_groups:
@@ -140,8 +140,11 @@ def train(
     checkpoint = work / "flow.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        settings = [{k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (adamw, muon)]
         for name, part in kept.items():
             part.load_state_dict(state[name])
+        for optimizer, given in zip((adamw, muon), settings, strict=True):  # this run's, not the stored ones
+            optimizer.param_groups[0].update(given)
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
     known = scenes.SUBJECTS[:subjects]

@@ -81,7 +81,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer, T5TokenizerFast]:
-    """The three tokenizers stored in `folder`, in the pipeline's layout; trained and stored where they are not there."""
+    """The three tokenizers in `folder`, in the pipeline's layout; trained and stored where they are not there."""
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     if not all((folder / name).is_dir() for name in names):
         for name, tokenizer in zip(names, (*clip_tokenizers(), t5_tokenizer()), strict=True):
@@ -128,7 +128,7 @@ class Text(torch.nn.Module):
     """The three encoders and their tokenizers, and the joint embedding that SD3's pipeline makes of them."""
 
     def __init__(self, folder: Path):
-        """Encoders with new weights; tokenizers from `folder`, or trained and stored there, since ids must not change."""
+        """Encoders with new weights; tokenizers from `folder`, or trained and stored there: ids must not change."""
         super().__init__()
         self.tokenizers = tokenizers(folder)
         self.text_encoder = clip(CLIP_WIDTHS[0], self.tokenizers[0], "quick_gelu")
