@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> int:
 
 def polish(options: argparse.Namespace) -> int:
     art = Art(options.work)
-    vae = AutoencoderKL.from_pretrained(options.out / "vae", use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(options.out / "vae", use_safetensors=True).float()
     vae = autoencoder.polish(art, vae, options.minutes, device=options.device)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
     return 0

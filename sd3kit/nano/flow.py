@@ -4,7 +4,7 @@ The loss is the paper's conditional flow matching: on the straight line x_sigma 
 network predicts the velocity noise - x0. What makes it learn on two cores:
 
 1. *Latents that are easy to learn*: see `autoencoder`.
-2. *Muon* on the matrices of the blocks (but not on the AdaLN modulation), AdamW elsewhere.
+2. *Muon* on the matrices of the blocks, AdamW elsewhere, also for the AdaLN modulation.
 3. *Noise levels shifted towards 1*. A flat background is averaged over 256 places of the latent, so that its colour
    shows through the noise until sigma is close to 1: only the highest levels teach the word for it.
 4. *Short text most of the time.* A caption has about twelve tokens and the pipeline pads it to 77 + 256; training at
@@ -12,6 +12,7 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
 """
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Half:
     t5_length: int
 
 
-HALVES = (Half(("single",) * 6 + ("pair", "pair", "count"), 24, 16), Half(("sign",), 8, 32))
+HALVES = (Half(("single",) * 6 + ("pair", "pair", "count"), 26, 16), Half(("sign",), 6, 32))
 
 
 class Pool:
@@ -95,19 +96,27 @@ def random_caption(scene: scenes.Scene, rng: random.Random) -> str:
     return scenes.caption(scene, rng, with_style=rng.random() < 0.75, with_colour=rng.random() < 0.85)
 
 
-def optimizers(model: torch.nn.ModuleDict, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer's blocks, AdamW for all else."""
-    muon = [p for n, p in model.named_parameters() if "transformer_blocks" in n and p.ndim == 2 and ".norm1" not in n]
-    chosen = set(map(id, muon))
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    made = [
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-        torch.optim.Muon(muon, lr=muon_rate, weight_decay=0.0, ns_steps=4, adjust_lr_fn="match_rms_adamw"),
-    ]
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return made
+def optimizers(
+    model: torch.nn.ModuleDict, rate: float, muon_rate: float, text_rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of the blocks: the transformer's (not the modulation's) and the encoders'.
+
+    The encoders have no QK-norm that would hold their attention logits back, and get a lower rate.
+    """
+    matrices: dict[str, list[torch.nn.Parameter]] = {"transformer": [], "text": []}
+    for name, module in model.named_modules():
+        in_block = any(part in name for part in ("transformer_blocks.", "encoder.layers.", "encoder.block."))
+        if isinstance(module, torch.nn.Linear) and in_block and ".norm1" not in name:
+            matrices[name.partition(".")[0]].append(module.weight)
+    chosen = {id(p) for part in matrices.values() for p in part}
+    adamw = torch.optim.AdamW(
+        [p for p in model.parameters() if id(p) not in chosen], lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    groups = [{"params": matrices["transformer"], "lr": muon_rate}, {"params": matrices["text"], "lr": text_rate}]
+    muon = torch.optim.Muon(groups, weight_decay=0.0, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+    for group in adamw.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return adamw, muon
 
 
 def train(
@@ -121,6 +130,7 @@ def train(
     device: str = "cpu",
     rate: float = 1.5e-3,
     muon_rate: float = 0.02,
+    text_rate: float = 0.007,
     decay_from: float = 0.6,
     full_from: float = 0.9,
     seed: int = 0,
@@ -135,16 +145,17 @@ def train(
     vae = vae.to(device).eval().requires_grad_(False)
     model = torch.nn.ModuleDict({"text": Text(work), "transformer": transformer()}).to(device)
     average, budget = Average(list(model.parameters()), 0.998), Budget(minutes, "flow")
-    adamw, muon = optimizers(model, rate, muon_rate)
+    adamw, muon = optimizers(model, rate, muon_rate, text_rate)
     kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}
     checkpoint = work / "flow.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        settings = [{k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (adamw, muon)]
+        groups = adamw.param_groups + muon.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         for name, part in kept.items():
             part.load_state_dict(state[name])
-        for optimizer, given in zip((adamw, muon), settings, strict=True):  # this run's, not the stored ones
-            optimizer.param_groups[0].update(given)
+        for group, given in zip(adamw.param_groups + muon.param_groups, settings, strict=True):
+            group.update(given)  # this run's, not the stored ones
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
     known = scenes.SUBJECTS[:subjects]
@@ -217,3 +228,16 @@ def export(model: torch.nn.ModuleDict, vae: AutoencoderKL, folder: Path) -> None
         tokenizer_3=text.tokenizers[2],
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    load_as_float32(folder)
+
+
+def load_as_float32(folder: Path) -> None:
+    """Let the text encoders load in float32, as the other parts do when nobody names a precision.
+
+    transformers loads in the precision that a configuration names, which is that of the saved file. The plain call of
+    the pipeline would then join float16 text with a float32 transformer, and raise.
+    """
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        path = folder / part / "config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

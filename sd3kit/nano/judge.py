@@ -48,6 +48,13 @@ def colour_name(rgb: np.ndarray) -> str:
     return min(scenes.COLOURS, key=lambda name: float(np.square(rgb - scenes.COLOURS[name]).sum()))
 
 
+def _pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+    """The picture at nano's size as float32 of 0..255; a larger one, from another model, is scaled down."""
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(image.convert(mode), np.float32)
+
+
 def _mask(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
     return np.abs(pixels - colour).max(-1) > _EDGE
 
@@ -74,7 +81,7 @@ def _normal(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray | None:
 
 
 class Judge:
-    """Reads pictures of 128 px. Every method takes a PIL image; what it finds is the nearest of what nano knows."""
+    """Reads pictures, at 128 px. Every method takes a PIL image; what it finds is the nearest of what nano knows."""
 
     def __init__(self, subjects: int | None = None, path: Path = TEMPLATES):
         """Compare with the first so many subjects of the stored templates; None is all of them."""
@@ -98,11 +105,11 @@ class Judge:
 
     def background(self, image: Image.Image) -> str:
         """The name of the background's colour."""
-        return colour_name(background(np.asarray(image.convert("RGB"), np.float32)))
+        return colour_name(background(_pixels(image)))
 
     def distances(self, image: Image.Image, box: Box = WHOLE) -> np.ndarray:
         """The mean squared distance (subjects, styles) of what stands in the box to every template; inf for nothing."""
-        pixels = np.asarray(image.convert("RGB"), np.float32)
+        pixels = _pixels(image)
         colour = background(pixels)
         left, top, right, bottom = box
         cut = _normal(pixels[top:bottom, left:right], colour)
@@ -121,13 +128,13 @@ class Judge:
 
     def text(self, image: Image.Image) -> str:
         """The words on the sign, in small letters; empty where there is none."""
-        pixels = np.asarray(image.convert("L"), np.float32)
+        pixels = _pixels(image, "L")
         lines = [line for row in (5, 6) if (line := _read_row(pixels, row))]
         return " ".join(lines).lower()
 
     def count(self, image: Image.Image) -> int:
         """How many things stand in the picture, 2 to 4, by which of nano's arrangements fits best."""
-        pixels = np.asarray(image.convert("RGB"), np.float32)
+        pixels = _pixels(image)
         mask = _mask(pixels, background(pixels))
         if not mask.any():
             return 0
