@@ -69,7 +69,7 @@ def grid(
     head = 28 if title else gap
     label_height = 18 * max(map(len, lines)) + (4 if any(labels) else 0)
     cell = side + gap, side + gap + label_height
-    width = max(columns * cell[0] + gap, round(font.getlength(title)) + 2 * gap if title else 0)
+    width = max(columns * cell[0] + gap, round(ImageFont.load_default(15).getlength(title)) + 2 * gap if title else 0)
     sheet = Image.new("RGB", (width, head + rows * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 6), title, font=ImageFont.load_default(15), fill="black")

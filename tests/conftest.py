@@ -55,6 +55,7 @@ def art(judge):
                     icon = sheet.crop(box).resize((160, 160), Image.Resampling.BICUBIC).convert("RGBa")
                     self.pixels.append(np.frombuffer(icon.tobytes(), np.uint8).reshape(160, 160, 4))
                     self.keys.append((subject.icon, style))
+            self.subjects = judge.subjects
             self.index = {key: i for i, key in enumerate(self.keys)}
 
         def __getitem__(self, key):

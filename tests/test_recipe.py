@@ -71,7 +71,7 @@ def test_pca_code_reconstructs_patches(art, rng):
 
 
 def test_the_recipe_learns_continues_and_saves_a_pipeline(art, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(flow, "HALVES", (flow.Half(("single",), 4, 16), flow.Half(("sign",), 2, 32)))
+    monkeypatch.setattr(flow, "HALVES", (flow.Half(("single",), 4, 16), flow.Half(("sign",), 4, 32)))
     AutoencoderKL(**autoencoder.CONFIG).save_pretrained(tmp_path / "vae")
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
 

@@ -128,6 +128,7 @@ class Art:
         with np.load(cache) as stored:
             self.pixels, self.keys = stored["pixels"], [tuple(map(str, key)) for key in stored["keys"]]
         self._index = {key: i for i, key in enumerate(self.keys)}
+        self.subjects = SUBJECTS
         missing = [s.icon for s in SUBJECTS if (s.icon, "3d") not in self._index]
         if missing:
             raise ArtError(f"the art lacks {', '.join(missing)}: delete {cache} and try again.")

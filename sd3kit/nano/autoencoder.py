@@ -43,7 +43,7 @@ def random_picture(art: Art, rng: random.Random) -> np.ndarray:
     """Anything that nano may have to draw: any icon of the art, anywhere at any size, or a scene of its own kinds."""
     kind = rng.choice(("icon", "icon", "icon", "sign", "pair"))
     if kind != "icon":
-        return draw(scenes.random_scene(rng, scenes.SUBJECTS, kind), art, rng)
+        return draw(scenes.random_scene(rng, art.subjects, kind), art, rng)
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = [rng.randrange(256) for _ in range(3)]
     size = rng.uniform(48, 120)

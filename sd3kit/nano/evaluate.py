@@ -123,7 +123,7 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
     record: dict = {"subjects": len(judge.subjects), "figures": {}}
     for kind in KINDS:
         for held_out in (False, True):
-            asked = ask(kind, count if kind == "single" else max(2, count // 5), judge.subjects, held_out, 0)
+            asked = ask(kind, count if kind == "single" else max(2, count // 3), judge.subjects, held_out, 0)
             drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **kwargs)
             record["figures"][f"{kind}, {'held out' if held_out else 'seen'}"] = tally(judge, drawn, asked)
     twenty = pictures(pipe, [ANNOUNCEMENT] * 20, **kwargs)
@@ -133,7 +133,7 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
     if art is not None:
         from .autoencoder import psnr, random_picture
 
-        record["floors"] = floors(judge, art, pipe.vae, max(2, count // 5))
+        record["floors"] = floors(judge, art, pipe.vae, max(2, count // 3))
         rng = random.Random(6)
         record["psnr"] = float(psnr(pipe.vae, to_tensor([random_picture(art, rng) for _ in range(count)])).mean())
     return record
@@ -192,7 +192,7 @@ def showcase(pipe) -> show.Picture:
     return show.grid(images, labels=SHOWCASE, columns=6, side=144, title="Drawn by nano, seed 0 each, none picked")
 
 
-def best_median_worst(pipe, judge: Judge, count: int = 96, each: int = 8) -> show.Picture:
+def best_median_worst(pipe, judge: Judge, count: int = 24, each: int = 8) -> show.Picture:
     """Held-out single subjects, sorted by the distance to the art that was asked for: three rows from both ends."""
     asked = ask("single", count, judge.subjects, True, 7)
     drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], seed=1000)

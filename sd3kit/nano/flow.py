@@ -11,6 +11,7 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
    full length all the time would cost three times as much, and a little of it at the end is enough.
 """
 
+import copy
 import dataclasses
 import json
 import random
@@ -214,7 +215,8 @@ def train(
 
 
 def export(model: torch.nn.ModuleDict, vae: AutoencoderKL, folder: Path) -> None:
-    """Save everything as a diffusers pipeline in fp16 safetensors."""
+    """Save everything as a diffusers pipeline in fp16 safetensors; what is given stays as it is."""
+    model, vae = (copy.deepcopy(module).to("cpu", torch.float16) for module in (model, vae))
     text = model["text"]
     pipeline = StableDiffusion3Pipeline(
         transformer=model["transformer"],
@@ -227,7 +229,7 @@ def export(model: torch.nn.ModuleDict, vae: AutoencoderKL, folder: Path) -> None
         text_encoder_3=text.text_encoder_3,
         tokenizer_3=text.tokenizers[2],
     )
-    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline.save_pretrained(folder, safe_serialization=True)
     load_as_float32(folder)
 
 

@@ -18,7 +18,7 @@ from .art import CELL, PLACES, SIZE, Art, sign
 TEMPLATES = Path(__file__).parent / "templates.webp"
 _STORED = 40  # pixels of a stored template
 _SIDE = 24  # pixels of the square in which pictures and templates are compared
-_EDGE = 20  # how far from the background (0..255, in the strongest channel) a pixel belongs to the subject
+_EDGE = 26  # how far from the background (0..255, in the strongest channel) a pixel belongs to the subject
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 WHOLE: Box = (0, 0, SIZE, SIZE)
@@ -56,12 +56,16 @@ def _pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
 
 
 def _mask(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    return np.abs(pixels - colour).max(-1) > _EDGE
+    """Where the subject is: far from the background's colour, also as the mean of 3 x 3 pixels, so no lone speck."""
+    padded = np.pad(pixels - colour, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width, _ = pixels.shape
+    mean = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+    return np.abs(mean).max(-1) > _EDGE
 
 
 def _extent(filled: np.ndarray) -> tuple[int, int]:
     """The first and last index that hold more than a speck."""
-    where = np.flatnonzero(filled > max(1, 0.02 * filled.max()))
+    where = np.flatnonzero(filled > max(1, 0.05 * filled.max()))
     return int(where[0]), int(where[-1]) + 1
 
 
