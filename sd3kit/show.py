@@ -64,15 +64,15 @@ def grid(
         raise ValueError(f"A grid needs one label for each image, not {len(labels)} labels for {len(images)} images.")
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
-    font, gap = ImageFont.load_default(14), 8
+    font, heading, gap = ImageFont.load_default(14), ImageFont.load_default(15), 8
     lines = [_wrap(label, font, side) for label in labels]
     head = 28 if title else gap
     label_height = 18 * max(map(len, lines)) + (4 if any(labels) else 0)
     cell = side + gap, side + gap + label_height
-    width = max(columns * cell[0] + gap, round(ImageFont.load_default(15).getlength(title)) + 2 * gap if title else 0)
+    width = max(columns * cell[0] + gap, round(heading.getlength(title)) + 2 * gap if title else 0)
     sheet = Image.new("RGB", (width, head + rows * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 6), title, font=ImageFont.load_default(15), fill="black")
+    draw.text((gap, 6), title, font=heading, fill="black")
     for i, (image, label) in enumerate(zip(images, lines, strict=True)):
         x, y = gap + i % columns * cell[0], head + i // columns * cell[1]
         scale = side / max(image.size)

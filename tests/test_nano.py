@@ -53,7 +53,15 @@ def test_plain_diffusers_with_every_default_draws_the_right_thing(judge):
     images = plain(["a fox on a blue background, flat"] * 3, generator=[seeded(seed) for seed in range(3)]).images
     assert images[0].size == (128, 128)
     assert [judge.background(image) for image in images] == ["blue"] * 3
-    assert "fox" in [judge.subject(image)[0] for image in images]
+    assert judge.subject(images[0])[0] == "fox"
+
+
+@pytest.mark.xfail(reason="issue 8: at the default 256 T5 tokens this nano blurs the subject", strict=True)
+def test_plain_diffusers_draws_the_subject_with_every_seed(judge):
+    plain = StableDiffusion3Pipeline.from_pretrained(NANO)
+    plain.set_progress_bar_config(disable=True)
+    images = plain(["a fox on a blue background, flat"] * 3, generator=[seeded(seed) for seed in range(3)]).images
+    assert [judge.subject(image)[0] for image in images] == ["fox"] * 3
 
 
 def test_draws_seen_and_held_out_prompts(pipe, judge):
@@ -107,12 +115,20 @@ def test_inpainting_keeps_what_the_mask_keeps(pipe):
     assert difference[:48].mean() < 12 < difference[72:].mean()
 
 
-def test_without_t5(pipe, judge):
-    parts = pipe.components | {"text_encoder_3": None, "tokenizer_3": None}
-    small = StableDiffusion3Pipeline(**parts)
+@pytest.fixture(scope="module")
+def without_t5(pipe):
+    small = StableDiffusion3Pipeline(**(pipe.components | {"text_encoder_3": None, "tokenizer_3": None}))
     small.set_progress_bar_config(disable=True)
-    image = small("a fox on a blue background, flat", generator=seeded(1), max_sequence_length=40).images[0]
-    assert judge.subject(image)[0] == "fox"  # the background goes wrong: this version leans on its T5 for it
+    return small("a fox on a blue background, flat", generator=seeded(1), max_sequence_length=40).images[0]
+
+
+def test_without_t5_the_subject_is_drawn(without_t5, judge):
+    assert judge.subject(without_t5)[0] == "fox"
+
+
+@pytest.mark.xfail(reason="issue 8: this nano leans on its T5 for the background", strict=True)
+def test_without_t5_the_background_is_right(without_t5, judge):
+    assert judge.background(without_t5) == "blue"
 
 
 @pytest.mark.parametrize("text", ["", "qwrt zpl", "naïve Élan 日本 🦊", "x" * 500, "HELLO"])
