@@ -102,7 +102,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def prompt_length(pipe, *prompts: str) -> int:
-    """The T5 length to pad to: the pipeline's 256 costs nano a third more time, and nearly all of it is padding."""
+    """The T5 length to pad to: the pipeline's 256 costs nano nearly twice the time, and nearly all of it is padding."""
     if pipe.tokenizer_3 is None:
         return 40
     longest = max(len(pipe.tokenizer_3(prompt).input_ids) for prompt in prompts)
