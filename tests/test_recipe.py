@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from sd3kit.nano import __main__ as command
 from sd3kit.nano import art as art_module
-from sd3kit.nano import autoencoder, evaluate, flow, training
+from sd3kit.nano import autoencoder, evaluate, flow, reading, scenes, text, training
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -70,13 +70,18 @@ def test_pca_code_reconstructs_patches(art, rng):
     assert (patches - back).square().mean() < 0.05 * patches.square().mean()
 
 
-def test_the_recipe_learns_continues_and_saves_a_pipeline(art, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(flow, "HALVES", (flow.Half(("single",), 4, 16), flow.Half(("sign",), 4, 32)))
+@pytest.fixture
+def vae(tmp_path):
     AutoencoderKL(**autoencoder.CONFIG).save_pretrained(tmp_path / "vae")
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    return AutoencoderKL.from_pretrained(tmp_path / "vae")
+
+
+def test_the_recipe_learns_continues_and_saves_a_pipeline(art, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4), flow.Part(("sign",), 4)))
+    read = text.Text(tmp_path)
 
     def run(minutes):
-        flow.train(art, vae, tmp_path, tmp_path / "out", minutes, 4)
+        flow.train(art, vae, read, tmp_path, tmp_path / "out", minutes, 4)
         return torch.load(tmp_path / "flow.pt", weights_only=True)
 
     first = run(0.08)
@@ -85,6 +90,37 @@ def test_the_recipe_learns_continues_and_saves_a_pipeline(art, tmp_path, monkeyp
     assert again["budget"]["spent"] == pytest.approx(0.12 * 60, abs=3)
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
     assert pipe("a fox", num_inference_steps=1, max_sequence_length=16).images[0].size == (128, 128)
+
+
+def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "SUBJECTS", scenes.SUBJECTS[:4])
+
+    def run(minutes):
+        encoders = reading.train(art, vae, tmp_path, minutes, clip_batch=8, t5_batch=8)
+        return encoders, torch.load(tmp_path / "text.pt", weights_only=True)
+
+    _, first = run(0.05)
+    encoders, again = run(0.1)
+    assert again["budget"]["steps"] > first["budget"]["steps"] > 0
+    assert not any(p.requires_grad for p in encoders.parameters())
+    same, at_rest = run(0.1)
+    assert at_rest["budget"]["steps"] == again["budget"]["steps"]
+    for one, other in zip(encoders.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_each_letter_of_a_sign_is_told_its_cell(tmp_path):
+    """The T5's lesson in spelling agrees with what the sign draws."""
+    scene = scenes.Scene("sign", (scenes.SUBJECTS[0],), "3d", "red", "hello world")
+    read = text.Text(tmp_path)
+    ids, written = reading.tokens_and_letters(read, [scene], [scenes.caption(scene)], 40)
+    lines = [[" "] * 8, [" "] * 8]
+    for token, cell in written[0].nonzero().tolist():
+        letter = reading.WRITTEN[written[0, token, cell] - 1]
+        assert read.tokenizers[2].convert_ids_to_tokens(int(ids[0, token])) == letter
+        lines[cell // 8][cell % 8] = letter
+    assert ["".join(line) for line in lines] == [" hello  ", " world  "]
+    assert {(5 + c // 8, c % 8) for _, c in written[0].nonzero().tolist()} == set(art_module.cells("hello world"))
 
 
 def test_the_autoencoder_learns_and_continues(art, tmp_path):

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from .. import measure
 from ..loading import NANO, LoadError, load, pick_device
-from . import autoencoder, evaluate, flow, scenes
+from . import autoencoder, evaluate, flow, reading, scenes
 from .art import Art, ArtError
 from .judge import Judge, save_templates
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=NANO, help="where the finished pipeline goes (%(default)s)")
     train.add_argument("--subjects", type=int, default=32, help="how many of the subjects (%(default)s)")
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
+    train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=105, help="for the flow (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
     polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
@@ -62,7 +63,8 @@ def train(options: argparse.Namespace) -> int:
     if not (options.work / "vae").exists():
         autoencoder.train(art, options.work, options.vae_minutes, device=options.device)
     vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
-    flow.train(art, vae, options.work, options.out, options.flow_minutes, options.subjects, device=options.device)
+    text = reading.train(art, vae, options.work, options.text_minutes, device=options.device)
+    flow.train(art, vae, text, options.work, options.out, options.flow_minutes, options.subjects, device=options.device)
     save_templates(art, options.subjects, options.out / "templates.webp")
     held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
     (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")

@@ -37,9 +37,12 @@ SOURCES = {
 }
 SIDE = 160  # pixels of a rendered icon
 SIZE = 128  # pixels of a picture
-# Where the things of a count stand (x, y): two side by side, three as a triangle, four as a square.
-PLACES = {2: ((33, 64), (95, 64)), 3: ((64, 34), (33, 94), (95, 94)), 4: ((33, 34), (95, 34), (33, 94), (95, 94))}
 CELL = 16  # pixels of a letter's cell: one token of the transformer
+# Two sizes, and centres that are whole cells apart: an icon gives the same tokens wherever it stands, so that an icon
+# is two patterns to learn and not endlessly many.
+LARGE, SMALL = 96, 56
+# Where the things of a count stand (x, y): two side by side, three as a triangle, four as a square.
+PLACES = {2: ((32, 64), (96, 64)), 3: ((64, 32), (32, 96), (96, 96)), 4: ((32, 32), (96, 32), (32, 96), (96, 96))}
 # The autoencoder learns from all the art that the three sets share, without people, flags and hands.
 _LEFT_OUT = set(
     """
@@ -154,26 +157,38 @@ def place(canvas: np.ndarray, icon: np.ndarray, size: float, x: float, y: float)
     region += pixels[..., :3]
 
 
+def cells(text: str) -> dict[tuple[int, int], int]:
+    """Where a sign writes: (row, column) of each letter's cell in the picture, and the letter's place in the text.
+
+    One or two lines, each centred; the text's words after the second, and what is beyond eight letters, are not drawn.
+    """
+    words, found, start = text.split()[:2], {}, 0
+    for i, word in enumerate(words):
+        start = text.index(word, start)
+        across = SIZE // CELL
+        left = max(0, (across - len(word)) // 2)
+        found |= {(across - 1 - len(words) + i, left + k): start + k for k in range(min(len(word), across - left))}
+        start += len(word)
+    return found
+
+
 def sign(text: str) -> Image.Image:
     """The sign alone, an RGBA picture of 128 px: one or two lines of capitals in the cells of the token grid.
 
     A letter fills one cell of 16 px, so that one token of the transformer holds one letter.
     """
-    lines, scale = text.upper().split()[:2], 4
-    first_row = 7 - len(lines)
-    columns = [(SIZE // CELL - len(line)) // 2 for line in lines]
-    left = min(columns) * CELL - 3
-    right = max(c + len(line) for c, line in zip(columns, lines, strict=True)) * CELL + 3
-    box = [v * scale for v in (max(left, 1), first_row * CELL - 4, min(right, SIZE - 1), 7 * CELL + 4)]
+    scale, written = 4, cells(text)
+    rows, columns = [row for row, _ in written], [column for _, column in written]
+    left, right = max(min(columns) * CELL - 3, 1), min((max(columns) + 1) * CELL + 3, SIZE - 1)
+    box = [v * scale for v in (left, min(rows) * CELL - 4, right, (max(rows) + 1) * CELL + 4)]
     image = Image.new("RGBA", (SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(image)
     draw.rounded_rectangle(box, 4 * scale, fill=(255, 253, 245, 255), outline=(70, 50, 40, 255), width=2 * scale)
     font = ImageFont.load_default(17 * scale)  # Aileron, CC0, which Pillow carries
     ink = (25, 25, 30, 255)
-    for row, (line, column) in enumerate(zip(lines, columns, strict=True)):
-        for i, letter in enumerate(line):
-            centre = ((column + i + 0.5) * CELL * scale, (first_row + row + 0.88) * CELL * scale)
-            draw.text(centre, letter, font=font, fill=ink, anchor="ms", stroke_width=scale // 2, stroke_fill=ink)
+    for (row, column), i in written.items():
+        centre = ((column + 0.5) * CELL * scale, (row + 0.88) * CELL * scale)
+        draw.text(centre, text[i].upper(), font=font, fill=ink, anchor="ms", stroke_width=scale // 2, stroke_fill=ink)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
@@ -189,31 +204,23 @@ def draw(scene: Scene, art: Art, rng: random.Random) -> np.ndarray:
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = np.clip(np.array(COLOURS[scene.colour]) + [rng.uniform(-10, 10) for _ in range(3)], 0, 255)
 
-    def put(subject: Subject, size: float, x: float, y: float, wobble: float) -> None:
-        place(
-            canvas,
-            art[subject.icon, scene.style],
-            size,
-            x + rng.uniform(-wobble, wobble),
-            y + rng.uniform(-wobble, wobble),
-        )
+    def put(subject: Subject, size: int, x: int, y: int) -> None:
+        place(canvas, art[subject.icon, scene.style], size, x, y)
 
     subject = scene.subjects[0]
     if scene.kind == "single":
-        size = rng.uniform(84, 112)
-        wobble = (SIZE - size) / 2 * 0.4
-        put(subject, size, 64, 64, wobble)
+        size = rng.choice((LARGE, LARGE, SMALL))
+        free = (SIZE - size) // 2 // CELL
+        put(subject, size, *(SIZE // 2 + CELL * rng.randint(-free, free) for _ in "xy"))
     elif scene.kind == "sign":
-        lines = len(scene.text.split())
-        put(subject, rng.uniform(80, 88) if lines == 1 else rng.uniform(72, 80), 64, 46 if lines == 1 else 41, 3)
+        put(subject, LARGE if len(scene.text.split()) == 1 else SMALL, 64, 48)
         _paste(canvas, sign(scene.text))
     elif scene.kind == "pair":
-        for x, each in zip((33, 95), scene.subjects, strict=True):
-            put(each, rng.uniform(54, 60), x, 64, 4)
+        for (x, y), each in zip(PLACES[2], scene.subjects, strict=True):
+            put(each, SMALL, x, y)
     else:
-        size = rng.uniform(50, 56)
         for x, y in PLACES[scene.count]:
-            put(subject, size, x, y, 2)
+            put(subject, SMALL, x, y)
     return canvas.clip(0, 255)
 
 

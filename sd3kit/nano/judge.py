@@ -84,6 +84,12 @@ def _normal(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray | None:
     return np.asarray(image, np.float32)
 
 
+def subject_mask(image: Image.Image) -> np.ndarray:
+    """Where the picture is not background: (128, 128) of True and False. On a flat background that is the subject."""
+    pixels = _pixels(image)
+    return _mask(pixels, background(pixels))
+
+
 class Judge:
     """Reads pictures, at 128 px. Every method takes a PIL image; what it finds is the nearest of what nano knows."""
 

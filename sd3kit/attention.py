@@ -1,0 +1,124 @@
+"""Where the words look: attention weights and outputs of diffusers' joint blocks, recorded while a pipeline draws.
+
+diffusers' `JointAttnProcessor2_0` computes joint attention in one fused call that keeps no weights. The processor here
+computes the same thing openly.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+
+class OpenProcessor:
+    """`JointAttnProcessor2_0` with its weights and outputs in the open.
+
+    After a call `weights` is (N, heads, tokens, tokens), picture tokens first, rows summing to 1 over what a token
+    reads; `outputs` is (N, tokens, width), what each token has read, before the output projection; `largest_logit` is
+    the largest absolute value that went into the softmax.
+    """
+
+    largest_logit: float
+    weights: torch.Tensor
+    outputs: torch.Tensor
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_
+    ):
+        def heads(x, q, k, v, norm_q, norm_k):
+            q, k, v = (f(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (q, k, v))
+            return (norm_q(q) if norm_q else q), (norm_k(k) if norm_k else k), v
+
+        streams = [heads(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+            streams.append(heads(encoder_hidden_states, *added))
+        query, key, value = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
+        logits = query @ key.transpose(-1, -2) * attn.scale
+        self.largest_logit, self.weights = logits.abs().max().item(), logits.softmax(-1)
+        self.outputs = (self.weights @ value).transpose(1, 2).flatten(2)
+        picture, text = self.outputs.split([hidden_states.shape[1], key.shape[2] - hidden_states.shape[1]], dim=1)
+        picture = attn.to_out[1](attn.to_out[0](picture))
+        if encoder_hidden_states is None:
+            return picture
+        return picture, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+@contextlib.contextmanager
+def opened(transformer) -> Iterator[list[OpenProcessor]]:
+    """Put an `OpenProcessor` into the joint attention of each block while this lasts; gives them in order."""
+    before = [block.attn.processor for block in transformer.transformer_blocks]
+    open_ones = [OpenProcessor() for _ in before]
+    for block, processor in zip(transformer.transformer_blocks, open_ones, strict=True):
+        block.attn.processor = processor
+    try:
+        yield open_ones
+    finally:
+        for block, processor in zip(transformer.transformer_blocks, before, strict=True):
+            block.attn.processor = processor
+
+
+def word_tokens(pipe, prompt: str, word: str, max_sequence_length: int = 40) -> list[int]:
+    """The places of a word's tokens in the joint text sequence, for the CLIPs' 77 and the T5's part after them.
+
+    Raises:
+        ValueError: the word is not in the prompt, or is cut off.
+    """
+    start = prompt.lower().find(word.lower())
+    if start < 0 or not word:
+        raise ValueError(f"The word {word!r} is not in the prompt {prompt!r}.")
+    places = []
+    for tokenizer, offset, length in ((pipe.tokenizer, 0, 77), (pipe.tokenizer_3, 77, max_sequence_length)):
+        if tokenizer is None:
+            continue
+        spans = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=length).offset_mapping
+        end = start + len(word)
+        places += [offset + i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+    if not places:
+        raise ValueError(f"The word {word!r} is beyond the {max_sequence_length} tokens that the T5 reads.")
+    return places
+
+
+@torch.no_grad()
+def maps(pipe, prompt: str, words: list[str], *, seed: int = 0, steps: int = 28, max_sequence_length: int = 40) -> dict:
+    """Draw a prompt and record where its words are looked at.
+
+    Returns:
+        `image`; `raw` (words, steps, layers, rows, columns): the attention that picture tokens pay to a word's tokens;
+        `concept`, the same shape: ConceptAttention (arXiv 2502.04320), the similarity of what picture tokens and a
+        word's tokens have read (the attention's outputs), as a softmax over the words given.
+
+    Raises:
+        ValueError: a word is not in the prompt.
+    """
+    places = [word_tokens(pipe, prompt, word, max_sequence_length) for word in words]
+    raw, concept = [], []
+
+    def keep(pipe, step, timestep, values):
+        read, similar = [], []
+        for processor in processors:
+            tokens = processor.weights.shape[-1]
+            picture = tokens - 77 - max_sequence_length
+            weights, outputs = processor.weights[-1], processor.outputs[-1]  # the prompt's half, not the empty one's
+            read.append(torch.stack([weights[:, :picture, [picture + p for p in at]].sum(-1).mean(0) for at in places]))
+            said = torch.stack([outputs[[picture + p for p in at]].mean(0) for at in places])
+            similar.append((outputs[:picture] @ said.T).softmax(-1).T)
+        raw.append(torch.stack(read, 1))
+        concept.append(torch.stack(similar, 1))
+        return values
+
+    with opened(pipe.transformer) as processors:
+        image = pipe(
+            prompt,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=max_sequence_length,
+            callback_on_step_end=keep,
+        ).images[0]
+    rows = image.height // (pipe.vae_scale_factor * pipe.transformer.config.patch_size)
+    return {
+        "image": image,
+        "raw": torch.stack(raw, 1).unflatten(-1, (rows, -1)).float().cpu(),
+        "concept": torch.stack(concept, 1).unflatten(-1, (rows, -1)).float().cpu(),
+    }

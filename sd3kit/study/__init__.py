@@ -1,0 +1,9 @@
+"""Stored studies: the lessons' figures with intervals. `python -m sd3kit.study NAME` measures one again.
+
+`records` says how rows are stored and continued, `drawing` and `training` what is measured.
+"""
+
+from .drawing import overlap
+from .records import load
+
+__all__ = ["load", "overlap"]

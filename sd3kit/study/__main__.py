@@ -1,0 +1,31 @@
+"""Measure a study again: `python -m sd3kit.study NAME`, or under `accelerate launch` to spread it over processes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .drawing import STUDIES as DRAWING
+from .records import RESULTS, run
+from .training import STUDIES as TRAINING
+
+STUDIES = DRAWING | TRAINING
+
+
+def main(arguments: list[str] | None = None) -> int:
+    listed = "\n".join(f"  {name:<12}{study.about} ({len(study.rows)} rows)" for name, study in STUDIES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m sd3kit.study",
+        description=__doc__,
+        epilog=f"studies:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the records (%(default)s)")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        run(name, STUDIES[name], options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

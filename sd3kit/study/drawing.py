@@ -1,0 +1,204 @@
+"""Studies of how nano draws: which encoders it needs, steps and shift, where words look, when things are decided."""
+
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import attention
+from ..loading import load
+from ..nano import scenes
+from ..nano.evaluate import ask, judge_scene, pictures, tally
+from ..nano.judge import Judge, subject_mask
+from .records import Study, mean
+
+LENGTH = 40  # tokens for the T5
+ENCODERS = {"CLIP 1": "1", "CLIP 2": "2", "T5": "3"}
+SUBSETS = ["".join(part) for n in (3, 2, 1, 0) for part in itertools.combinations("123", n)]
+
+
+@functools.cache
+def tools() -> tuple:
+    """nano's pipeline and its judge, loaded once."""
+    pipe = load("nano", quiet=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, Judge()
+
+
+def without(pipe, embeds: torch.Tensor, pooled: torch.Tensor, encoders: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompt's embeddings with the parts of the encoders that are not named (1, 2, 3) set to zero."""
+    one, two = pipe.text_encoder.config, pipe.text_encoder_2.config
+    embeds, pooled = embeds.clone(), pooled.clone()
+    if "1" not in encoders:
+        embeds[:, :77, : one.hidden_size] = 0
+        pooled[:, : one.projection_dim] = 0
+    if "2" not in encoders:
+        embeds[:, :77, one.hidden_size : one.hidden_size + two.hidden_size] = 0
+        pooled[:, one.projection_dim :] = 0
+    if "3" not in encoders:
+        embeds[:, 77:] = 0
+    return embeds, pooled
+
+
+def draw_encoded(pipe, prompts: Sequence[str], encoders: str = "123", batch: int = 20, **settings) -> list[Image.Image]:
+    """A picture for each prompt (seeds from 0) with some of the encoders; the unconditional side keeps all of them."""
+    made: list[Image.Image] = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        embeds, empty, pooled, empty_pooled = pipe.encode_prompt(part, None, None, max_sequence_length=LENGTH)
+        embeds, pooled = without(pipe, embeds, pooled, encoders)
+        made += pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=empty,
+            pooled_prompt_embeds=pooled,
+            negative_pooled_prompt_embeds=empty_pooled,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
+            **settings,
+        ).images
+    return made
+
+
+def encoders(row: dict, count: int = 100) -> dict:
+    """Adherence with a subset of the encoders: single subjects (half of them held out), and signs."""
+    pipe, judge = tools()
+    asked = [
+        scene
+        for kind, n in (("single", count), ("sign", count // 2))
+        for out in (False, True)
+        for scene in ask(kind, n // 2, judge.subjects, out, 11)
+    ]
+    drawn = draw_encoded(pipe, [scenes.caption(scene) for scene in asked], row["encoders"])
+    found = tally(judge, drawn[:count], asked[:count])
+    return found | {"text": tally(judge, drawn[count:], asked[count:])["text"]}
+
+
+def steps(row: dict, count: int = 40) -> dict:
+    """Adherence, and the distance to the art that was asked for, by shift, number of steps and size."""
+    pipe, judge = tools()
+    asked = ask("single", count, judge.subjects, False, 12)
+    names, styles = [subject.name for subject in judge.subjects], list(scenes.STYLES)
+    shift = pipe.scheduler.config.shift
+    pipe.scheduler.set_shift(row["shift"])
+    try:
+        drawn = pictures(
+            pipe,
+            [scenes.caption(scene) for scene in asked],
+            num_inference_steps=row["steps"],
+            width=row["side"],
+            height=row["side"],
+        )
+    finally:
+        pipe.scheduler.set_shift(shift)
+    far = []
+    for image, scene in zip(drawn, asked, strict=True):
+        distances = judge.distances(image)
+        distance = distances[names.index(scene.subjects[0].name), styles.index(scene.style)]
+        far.append(float(min(np.sqrt(distance), 128.0)))  # of 255; where nothing is seen, half the range
+    return tally(judge, drawn, asked) | {"distance": mean(far)}
+
+
+def switch_prompts(pipe, first: list[str], second: list[str], after: int) -> list[Image.Image]:
+    """Draw the first prompts for so many steps, then go on with the second."""
+    one = pipe.encode_prompt(first, None, None, max_sequence_length=LENGTH)
+    two = pipe.encode_prompt(second, None, None, max_sequence_length=LENGTH)
+
+    def change(pipe, step, timestep, values):
+        if step + 1 == after:
+            values["prompt_embeds"] = torch.cat([two[1], two[0]])
+            values["pooled_prompt_embeds"] = torch.cat([two[3], two[2]])
+        return values
+
+    embeds, empty, pooled, empty_pooled = two if after == 0 else one
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=empty,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=empty_pooled,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(first))],
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"],
+    ).images
+
+
+def decided(row: dict, count: int = 24) -> dict:
+    """How much of a second prompt is drawn when it takes the first one's place after so many steps of 28."""
+    pipe, judge = tools()
+    rng, found = random.Random(13), {}
+    for kind in ("single", "sign"):
+        firsts = ask(kind, count, judge.subjects, False, 13)
+        seconds = []
+        for scene in firsts:
+            word = rng.choice([w for w in scenes.WORDS if w != scene.text and len(w) == len(scene.text)] or ["open"])
+            changed = {
+                "subjects": (rng.choice([s for s in judge.subjects if s not in scene.subjects]),),
+                "style": rng.choice([s for s in scenes.STYLES if s != scene.style]),
+                "colour": rng.choice([c for c in scenes.COLOURS if c != scene.colour]),
+            }
+            # of a sign only the word changes: whether its letters can still follow
+            seconds.append(dataclasses.replace(scene, **({"text": word} if kind == "sign" else changed)))
+        drawn = switch_prompts(pipe, *([scenes.caption(s) for s in part] for part in (firsts, seconds)), row["after"])
+        answers = tally(judge, drawn, seconds)
+        found |= answers if kind == "single" else {"text": answers["text"]}
+    pipe.scheduler.set_timesteps(28)
+    return found | {"sigma": float(pipe.scheduler.sigmas[row["after"]])}
+
+
+def overlap(heat: torch.Tensor, mask: np.ndarray) -> float:
+    """Intersection over union of a map (rows, columns), scaled up and cut at its mean, and the true mask (H, W)."""
+    large = torch.nn.functional.interpolate(heat[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0]
+    cut = (large > large.mean()).numpy()
+    return float((cut & mask).sum() / max(1, (cut | mask).sum()))
+
+
+def words(row: dict, count: int = 40) -> dict:
+    """How well a word's map covers the subject, for the right word and for a wrong one of the same prompt.
+
+    All methods and words are measured on the same pictures; only those on which the judge finds the subject count.
+    """
+    pipe, judge = tools()
+    scores: list[float] = []
+    for seed, scene in enumerate(ask("single", count, judge.subjects, False, 14)):
+        prompt, subject = scenes.caption(scene), scene.subjects[0].name
+        found = attention.maps(pipe, prompt, [subject, scene.colour, "background"], seed=seed)
+        if not judge_scene(judge, found["image"], scene)["subject"]:
+            continue
+        heat = found["concept" if row["method"] == "ConceptAttention" else "raw"]
+        heat = heat[0 if row["word"] == "the subject" else 2]
+        # layers averaged; the raw map of one step in the middle, or the mean of all steps
+        heat = heat[8].mean(0) if row["method"] == "raw, step 8" else heat.mean((0, 1))
+        scores.append(overlap(heat, subject_mask(found["image"])))
+    return {"iou": mean(scores)}
+
+
+STUDIES = {
+    "encoders": Study("adherence with each subset of the text encoders", [{"encoders": s} for s in SUBSETS], encoders),
+    "steps": Study(
+        "shift by steps by size: adherence and distance to the art",
+        [
+            {"side": side, "shift": shift, "steps": n}
+            for side in (128, 64, 192)
+            for shift in (1.0, 2.0, 3.0, 4.5, 7.0)
+            for n in ((4, 8, 14, 28) if side == 128 else (14,))
+        ],
+        steps,
+    ),
+    "decided": Study(
+        "at which sigma background, style, subject and letters are decided",
+        [{"after": n} for n in (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 17, 20, 24)],
+        decided,
+    ),
+    "words": Study(
+        "where words look: intersection over union with the true mask",
+        [
+            {"method": method, "word": word}
+            for method in ("raw, step 8", "raw, mean of steps", "ConceptAttention")
+            for word in ("the subject", "'background'")
+        ],
+        words,
+    ),
+}

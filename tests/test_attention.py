@@ -1,0 +1,57 @@
+"""Attention in the open: the same pictures as diffusers' own processor, and maps that mean what they say."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from sd3kit import attention
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"qk_norm": "rms_norm"}, {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}]
+)
+def test_the_open_processor_agrees_with_diffusers(switches):
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        caption_projection_dim=64, pooled_projection_dim=24, pos_embed_max_size=16, **switches,
+    ).eval()  # fmt: skip
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+    given = torch.randn(2, 16, 16, 16), torch.randn(2, 9, 32), torch.randn(2, 24), torch.tensor([100.0, 900.0])
+    before = [block.attn.processor for block in model.transformer_blocks]
+    with torch.no_grad():
+        reference = model(*given).sample
+        with attention.opened(model) as processors:
+            ours = model(*given).sample
+    torch.testing.assert_close(ours, reference, atol=1e-5 * reference.abs().max().item(), rtol=1e-4)
+    assert [block.attn.processor for block in model.transformer_blocks] == before
+    for processor in processors:
+        assert processor.weights.shape == (2, 4, 64 + 9, 64 + 9)
+        torch.testing.assert_close(processor.weights.sum(-1), torch.ones(2, 4, 73))
+        assert processor.largest_logit > 0
+
+
+def test_maps_leave_the_picture_as_it_is_and_have_a_place_for_each_token(pipe):
+    prompt, settings = "a fox on a blue background, flat", {"num_inference_steps": 3, "max_sequence_length": 40}
+    found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=3)
+    plain = pipe(prompt, generator=torch.Generator().manual_seed(3), **settings).images[0]
+    difference = torch.tensor(list(found["image"].tobytes())).float() - torch.tensor(list(plain.tobytes())).float()
+    assert difference.abs().max() <= 2
+    layers = len(pipe.transformer.transformer_blocks)
+    assert found["raw"].shape == found["concept"].shape == (2, 3, layers, 8, 8)
+    assert (found["raw"] >= 0).all() and found["raw"].sum(0).max() <= 1 + 1e-5
+    torch.testing.assert_close(found["concept"].sum(0), torch.ones(3, layers, 8, 8))
+
+
+def test_a_words_tokens_are_those_that_spell_it(pipe):
+    prompt = "a fox holding a sign that says hello"
+    t5 = pipe.tokenizer_3
+    found = [place - 77 for place in attention.word_tokens(pipe, prompt, "hello") if place >= 77]
+    ids = t5(prompt).input_ids
+    assert "".join(t5.convert_ids_to_tokens([ids[i] for i in found])).strip("▁") == "hello"
+
+
+def test_a_word_that_is_not_there_is_refused(pipe):
+    with pytest.raises(ValueError, match="not in the prompt"):
+        attention.word_tokens(pipe, "a fox", "owl")

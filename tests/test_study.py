@@ -1,0 +1,125 @@
+"""Studies: rows are stored once, continued, spread, and say the same when they are measured again."""
+
+import json
+
+import pytest
+
+from sd3kit import study
+from sd3kit.study import drawing, records, training
+from sd3kit.study.__main__ import STUDIES, main
+from sd3kit.study.records import Study
+
+
+def counted(rows):
+    calls = []
+
+    def measure(row):
+        calls.append(row)
+        if row.get("dies"):
+            raise KeyboardInterrupt
+        return {"value": row["n"] ** 2}
+
+    return Study("squares", rows, measure), calls
+
+
+def test_rows_are_stored_and_not_measured_twice(tmp_path):
+    one, calls = counted([{"n": 1}, {"n": 2}])
+    records.run("squares", one, tmp_path)
+    records.run("squares", one, tmp_path)
+    assert len(calls) == 2
+    stored = study.load("squares", tmp_path)
+    assert [r["found"]["value"] for r in stored] == [1, 4]
+    assert {"command", "date", "device", "versions", "weights"} <= set(stored[0])
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path):
+    cut, _ = counted([{"n": 1}, {"n": 2, "dies": True}])
+    with pytest.raises(KeyboardInterrupt):
+        records.run("squares", cut, tmp_path)
+    whole, calls = counted([{"n": 1}, {"n": 2}])
+    records.run("squares", whole, tmp_path)
+    assert calls == [{"n": 2}]
+
+
+def test_rows_of_other_weights_are_measured_again(tmp_path):
+    one, calls = counted([{"n": 3}])
+    records.run("squares", one, tmp_path)
+    path = tmp_path / "squares.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "of another nano"}) + "\n")
+    records.run("squares", one, tmp_path)
+    assert len(calls) == 2 and len(study.load("squares", tmp_path)) == 1
+
+
+def test_what_is_not_stored_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m sd3kit\.study encoders"):
+        study.load("encoders", tmp_path)
+
+
+def test_an_unknown_study_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_stored_rows_are_complete_and_of_the_weights_at_hand(name):
+    stored = study.load(name)
+    assert [r["row"] for r in stored if r["row"] not in STUDIES[name].rows] == []
+    assert all(any(r["row"] == row for r in stored) for row in STUDIES[name].rows)
+    assert {r["weights"] for r in stored} == {records.weights(STUDIES[name].parts)}
+
+
+def shares_agree(stored, measured, n):
+    """Whether a share over fewer prompts is one that the stored share makes likely (four deviations)."""
+    expected = stored["share"]
+    return abs(measured["share"] - expected) <= 4 * max(expected * (1 - expected), 0.05) ** 0.5 / n**0.5
+
+
+def stored_row(name, **row):
+    return next(r["found"] for r in study.load(name) if r["row"] == row)
+
+
+def test_encoders_measured_again_in_part():
+    again = drawing.encoders({"encoders": "12"}, count=16)
+    stored = stored_row("encoders", encoders="12")
+    assert all(shares_agree(stored[name], again[name], again[name]["n"]) for name in stored)
+
+
+def test_steps_measured_again_in_part():
+    row = {"side": 128, "shift": 3.0, "steps": 14}
+    again, stored = drawing.steps(row, count=12), stored_row("steps", **row)
+    assert all(shares_agree(stored[name], again[name], 12) for name in ("background", "subject", "style"))
+    assert again["distance"]["low"] <= stored["distance"]["high"]
+    assert again["distance"]["high"] >= stored["distance"]["low"]
+
+
+def test_decided_measured_again_in_part():
+    again, stored = drawing.decided({"after": 24}, count=8), stored_row("decided", after=24)
+    assert again["sigma"] == pytest.approx(stored["sigma"])
+    assert all(shares_agree(stored[name], again[name], 8) for name in ("background", "subject", "text"))
+
+
+def test_words_measured_again_in_part():
+    row = {"method": "raw, mean of steps", "word": "the subject"}
+    again, stored = drawing.words(row, count=6)["iou"], stored_row("words", **row)["iou"]
+    assert again["low"] <= stored["high"] and again["high"] >= stored["low"]
+
+
+@pytest.mark.parametrize("name", ["samplers", "faults", "qk_norm"])
+def test_a_training_study_gives_the_same_again(name):
+    """One row, exactly: the same steps from the same seed. Rounding differs by machine, so not to the last digit."""
+    measured = STUDIES[name]
+    stored = next(r for r in study.load(name) if r["row"] == measured.rows[0])
+    again = measured.measure(measured.rows[0])
+    for key, value in stored["found"].items():
+        assert again[key] == pytest.approx(value, rel=0.25), key
+
+
+def test_the_mean_of_the_samplers_is_right():
+    """Each sampler draws in 0..1, and lognorm(0, 1) and the uniform one have the mean that symmetry gives them."""
+    for name, sampler in training.SAMPLERS.items():
+        drawn = sampler(20_000)
+        assert 0 <= drawn.min() and drawn.max() <= 1, name
+    assert training.SAMPLERS["uniform"](20_000).mean() == pytest.approx(0.5, abs=0.01)
+    assert training.SAMPLERS["lognorm(0, 1)"](20_000).mean() == pytest.approx(0.5, abs=0.01)
+    assert training.SAMPLERS["lognorm(1, 0.6)"](20_000).mean() > 0.65
