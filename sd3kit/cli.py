@@ -1,4 +1,4 @@
-"""The command line: `sd3kit generate` draws a picture, `sd3kit check` says what this machine can run."""
+"""The command line: `sd3kit generate` draws, `check` says what this machine can run, `measure` measures it."""
 
 import argparse
 import errno
@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import __version__, configs
+from . import __version__, configs, measure
 from .loading import MODELS, LoadError, load, pick_device, pick_dtype, resolve
 
 
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance", type=float, default=7.0, help="1 to 20; 1 is none (%(default)s)")
     generate.add_argument("--size", type=int, help="pixels of each side, divisible by 16 (the model's own)")
     commands.add_parser("check", help="what this machine has and what it can run")
+    measure.add_parser(commands)
     return top
 
 
@@ -37,9 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "generate":
             generate(options)
+        elif options.command == "measure":
+            from . import bench  # imports what only measuring needs
+
+            return bench.run(options)
         else:
             check()
-    except (UserError, LoadError) as error:
+    except (UserError, LoadError, measure.StudyError) as error:
         print(f"sd3kit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

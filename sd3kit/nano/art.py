@@ -41,6 +41,7 @@ CELL = 16  # pixels of a letter's cell: one token of the transformer
 # Two sizes, and centres that are whole cells apart: an icon gives the same tokens wherever it stands, so that an icon
 # is two patterns to learn and not endlessly many.
 LARGE, SMALL = 96, 56
+USUAL = 0.6  # how often a single subject is large and in the middle: one layout to expect where the caption says none
 # Where the things of a count stand (x, y): two side by side, three as a triangle, four as a square.
 PLACES = {2: ((32, 64), (96, 64)), 3: ((64, 32), (32, 96), (96, 96)), 4: ((32, 32), (96, 32), (32, 96), (96, 96))}
 # The autoencoder learns from all the art that the three sets share, without people, flags and hands.
@@ -211,6 +212,8 @@ def draw(scene: Scene, art: Art, rng: random.Random) -> np.ndarray:
     if scene.kind == "single":
         size = rng.choice((LARGE, LARGE, SMALL))
         free = (SIZE - size) // 2 // CELL
+        if rng.random() < USUAL:
+            size, free = LARGE, 0
         put(subject, size, *(SIZE // 2 + CELL * rng.randint(-free, free) for _ in "xy"))
     elif scene.kind == "sign":
         put(subject, LARGE if len(scene.text.split()) == 1 else SMALL, 64, 48)

@@ -98,7 +98,7 @@ def train(
     rate: float = 1.5e-3,
     muon_rate: float = 0.02,
     decay_from: float = 0.6,
-    full_from: float = 0.9,
+    full_from: float = 0.95,
     seed: int = 0,
 ) -> None:
     """Train for `minutes` on the first so many subjects and save the pipeline to `out`.
@@ -127,7 +127,7 @@ def train(
     known = scenes.SUBJECTS[:subjects]
     pools = {part: Pool(art, vae, known, part.kinds, 8_000) for part in PARTS}
     for part, pool in pools.items():
-        for _ in range(part.size * 2):
+        for _ in range(part.size):
             pool.renew(32, rng)
 
     def loss_of(part: Part, pool: Pool, full: bool) -> torch.Tensor:
@@ -172,7 +172,7 @@ def train(
             optimizer.zero_grad()
         average.update()
         budget.notes = {name: f"{value:.4f}" for name, value in smooth.items()}
-        if budget.steps % 250 == 249:
+        if budget.steps % 100 == 99:
             save_whole({name: part.state_dict() for name, part in kept.items()}, checkpoint)
     save_whole({name: part.state_dict() for name, part in kept.items()}, checkpoint)
     average.swap()

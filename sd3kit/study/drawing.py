@@ -63,7 +63,7 @@ def draw_encoded(pipe, prompts: Sequence[str], encoders: str = "123", batch: int
     return made
 
 
-def encoders(row: dict, count: int = 100) -> dict:
+def encoders(row: dict, count: int = 60) -> dict:
     """Adherence with a subset of the encoders: single subjects (half of them held out), and signs."""
     pipe, judge = tools()
     asked = [
@@ -125,7 +125,7 @@ def switch_prompts(pipe, first: list[str], second: list[str], after: int) -> lis
     ).images
 
 
-def decided(row: dict, count: int = 24) -> dict:
+def decided(row: dict, count: int = 20) -> dict:
     """How much of a second prompt is drawn when it takes the first one's place after so many steps of 28."""
     pipe, judge = tools()
     rng, found = random.Random(13), {}
@@ -155,23 +155,28 @@ def overlap(heat: torch.Tensor, mask: np.ndarray) -> float:
     return float((cut & mask).sum() / max(1, (cut | mask).sum()))
 
 
-def words(row: dict, count: int = 40) -> dict:
-    """How well a word's map covers the subject, for the right word and for a wrong one of the same prompt.
-
-    All methods and words are measured on the same pictures; only those on which the judge finds the subject count.
-    """
+@functools.cache
+def looked_at(count: int) -> list[dict]:
+    """So many pictures with the maps of their words, less those on which the judge does not find the subject."""
     pipe, judge = tools()
-    scores: list[float] = []
+    kept = []
     for seed, scene in enumerate(ask("single", count, judge.subjects, False, 14)):
-        prompt, subject = scenes.caption(scene), scene.subjects[0].name
-        found = attention.maps(pipe, prompt, [subject, scene.colour, "background"], seed=seed)
-        if not judge_scene(judge, found["image"], scene)["subject"]:
-            continue
+        asked_words = [scene.subjects[0].name, scene.colour, "background"]
+        found = attention.maps(pipe, scenes.caption(scene), asked_words, seed=seed)
+        if judge_scene(judge, found["image"], scene)["subject"]:
+            kept.append(found | {"mask": subject_mask(found["image"])})
+    return kept
+
+
+def words(row: dict, count: int = 40) -> dict:
+    """How well a word's map covers the subject, for the right word and for a wrong one of the same prompt."""
+    scores = []
+    for found in looked_at(count):
         heat = found["concept" if row["method"] == "ConceptAttention" else "raw"]
         heat = heat[0 if row["word"] == "the subject" else 2]
         # layers averaged; the raw map of one step in the middle, or the mean of all steps
         heat = heat[8].mean(0) if row["method"] == "raw, step 8" else heat.mean((0, 1))
-        scores.append(overlap(heat, subject_mask(found["image"])))
+        scores.append(overlap(heat, found["mask"]))
     return {"iou": mean(scores)}
 
 

@@ -1,0 +1,43 @@
+"""What works on SD3 in the diffusers that this project is tested with. A row that changes is news for lesson 05."""
+
+import pytest
+
+from sd3kit import matrix
+
+# (feature, verdict without QK-norm, verdict with it); diffusers 0.42.1, a machine without a GPU
+ROWS = [
+    ("fuse_qkv_projections", "works", "changes the result"),
+    ("forward_chunking", "works", "works"),
+    ("forward_chunking_of_tokens", "raises", "raises"),
+    ("layerwise_casting", "works", "works"),
+    ("torchao_int8", "works", "works"),
+    ("group_offload_leaf", "works", "works"),
+    ("group_offload_disk", "works", "works"),
+    ("group_offload_stream", "raises", "raises"),
+    ("set_attention_backend", "no effect", "no effect"),
+    ("compile_repeated_blocks", "raises", "raises"),
+    ("compile_repeated_blocks_named", "works", "works"),
+    ("enable_cache", "raises", "raises"),
+    ("first_block_cache", "raises", "raises"),
+    ("first_block_cache_in_a_context", "raises", "raises"),
+    ("sd3kit_block_cache", "works", "works"),
+    ("context_parallel", "no effect", "no effect"),
+]
+
+
+def test_every_feature_has_a_row():
+    assert {name for name, *_ in ROWS} == set(matrix.FEATURES)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+@pytest.mark.parametrize("row", ROWS, ids=[name for name, *_ in ROWS])
+def test_a_feature_does_what_the_lesson_says(row, qk_norm):
+    name, plain, normed = row
+    if name.startswith("torchao"):
+        pytest.importorskip("torchao")
+    found = matrix.outcome(name, qk_norm)
+    assert found.verdict == (plain if qk_norm is None else normed), found
+
+
+def test_first_block_cache_stops_at_the_last_block_even_in_a_context():
+    assert "NoneType" in matrix.outcome("first_block_cache_in_a_context", None).detail
