@@ -1,0 +1,223 @@
+"""What a training writes: checkpoints, the result, losses, pictures. Checkpoint and result are whole or not there."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.training_utils import free_memory
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from . import hub
+from .data import picture_files
+from .model import Denoiser, encode, load
+from .settings import DreamBoothError, Settings
+
+TRAINED_FILE = "trained.safetensors"
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn the many errors of a full or broken disk into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, DreamBoothError):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error).splitlines()[0][:120]
+        raise DreamBoothError(
+            f"{what} could not be written to {folder} ({reason}): make room and go on with --resume_from_checkpoint "
+            "latest; what was saved before is whole."
+        ) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a training, the oldest first; one that is being written has another name."""
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_checkpoint(settings: Settings, accelerator: Accelerator, step: int, seed: int) -> None:
+    """Write a checkpoint under another name and rename it when it is whole; then remove those over the limit."""
+    out = Path(settings.output_dir)
+    folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.part"
+    with writing("A checkpoint", out):
+        accelerator.save_state(str(part))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (part / "progress.json").write_text(json.dumps({"step": step, "seed": seed}), encoding="utf-8")
+            if folder.exists():
+                remove(folder)
+            os.rename(part, folder)
+            for old in checkpoints(out)[: -(settings.checkpoints_total_limit or 10**9)]:
+                remove(old)
+    accelerator.wait_for_everyone()
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint's name away first: half removed it must not be taken for a whole one."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+def find_checkpoint(settings: Settings) -> Path | None:
+    out, named = Path(settings.output_dir), settings.resume_from_checkpoint
+    if named and named != "latest":
+        return next(p for p in (Path(named), out / named) if p.is_dir())
+    return (checkpoints(out) or [None])[-1] if named else None
+
+
+def use_small_checkpoints(settings: Settings, accelerator: Accelerator) -> None:
+    """Let accelerate's checkpoints hold what learns, not the frozen model; a LoRA also as diffusers reads it."""
+
+    def save(models, weights, folder):
+        if accelerator.is_main_process:
+            model = accelerator.unwrap_model(models[0])
+            learning = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+            save_file(learning, Path(folder) / TRAINED_FILE)
+            if not settings.full_finetuning:
+                save_lora(model, model.state_dict(), Path(folder))
+        weights.clear()
+
+    def restore(models, folder):
+        stored = load_file(Path(folder) / TRAINED_FILE)
+        learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+        if stored.keys() != learning.keys():
+            raise RuntimeError("other layers were trained")
+        for name, parameter in learning.items():
+            parameter.data.copy_(stored[name])
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(restore)
+
+
+def save_lora(model: Denoiser, state: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the LoRA as `load_lora_weights` of diffusers' SD3 pipeline reads it."""
+
+    def layers(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        return {k: v.to(dtype or v.dtype).cpu() for k, v in get_peft_model_state_dict(module, own).items()}
+
+    found = {f"{name}_lora_layers": layers(name, module) for name, module in model.named_children()}
+    StableDiffusion3Pipeline.save_lora_weights(folder, **found)
+
+
+def save_result(settings: Settings, accelerator: Accelerator, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Write the LoRA, or a whole pipeline, to the output folder; each file appears when it is whole."""
+    out = Path(settings.output_dir)
+    state, part = accelerator.get_state_dict(model), out / ".result.part"
+    if not accelerator.is_main_process:
+        return
+    plain = accelerator.unwrap_model(model)
+    dtype = torch.float32 if settings.upcast_before_saving else dtype
+    with writing("The result", out):
+        shutil.rmtree(part, ignore_errors=True)
+        if settings.full_finetuning:
+            own = {k.removeprefix("transformer."): v.to(dtype) for k, v in state.items()}
+            with torch.device("meta"):
+                trained = SD3Transformer2DModel.from_config(plain.transformer.config)
+            trained.load_state_dict(own, assign=True)
+            load(settings, accelerator, dtype, transformer=trained).save_pretrained(part, safe_serialization=True)
+        else:
+            save_lora(plain, state, part, dtype)
+        # the index comes last: with it the folder counts as a pipeline
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"):
+            if (out / path.name).is_dir():
+                shutil.rmtree(out / path.name)
+            os.replace(path, out / path.name)
+        part.rmdir()
+
+
+@torch.no_grad()
+def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step: int, seed: int) -> list:
+    """Draw the validation prompt with the model as it is, into the folder `validation` and the trackers."""
+    plain = accelerator.unwrap_model(model)
+    length, device = settings.max_sequence_length, accelerator.device
+    if plain.text is not None:
+        prompts = {p: encode(plain.text, [p], length) for p in (settings.validation_prompt, "")}
+    (embeds, pooled), (empty, empty_pooled) = (
+        [t.to(device, torch.float32) for t in prompts[p]] for p in (settings.validation_prompt, "")
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=plain.transformer, vae=vae.to(device), scheduler=type(scheduler).from_config(scheduler.config),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    plain.eval()
+    with accelerator.autocast():
+        images = [
+            pipe(
+                prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
+                negative_pooled_prompt_embeds=empty_pooled, height=settings.resolution, width=settings.resolution,
+                generator=torch.Generator().manual_seed((seed + i) % 2**63),
+            ).images[0]
+            for i in range(settings.num_validation_images)
+        ]  # fmt: skip
+    plain.train()
+    folder = Path(settings.output_dir) / "validation"
+    with writing("A validation picture", folder):
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(folder / f"step-{step:06d}-{i}.png")
+    hub.track_images(accelerator, images, settings.validation_prompt, step)
+    return images
+
+
+@torch.no_grad()
+def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int) -> None:
+    """Fill the folder of class pictures with the model's own, each process its share; those there are kept."""
+    folder = Path(settings.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = settings.num_class_images - len(picture_files(folder))
+    free = (n for n in range(10**6) if not (folder / f"class-{n:05d}.png").exists())
+    numbers = [next(free) for _ in range(max(0, wanted))]
+    accelerator.wait_for_everyone()  # all have counted before one draws
+    if not numbers:
+        return
+    half = torch.float32 if accelerator.device.type == "cpu" else torch.float16
+    known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))
+    pipe.set_progress_bar_config(disable=True)
+    with accelerator.split_between_processes(numbers) as share, writing("A class picture", folder):
+        for start in tqdm(range(0, len(share), settings.sample_batch_size), desc="class pictures", unit="batch"):
+            part = share[start : start + settings.sample_batch_size]
+            sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
+            images = pipe(
+                [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length
+            ).images
+            for n, image in zip(part, images, strict=True):
+                image.save(folder / f".class-{n:05d}.png")  # hidden until it is whole
+                os.replace(folder / f".class-{n:05d}.png", folder / f"class-{n:05d}.png")
+    accelerator.wait_for_everyone()
+    del pipe
+    free_memory()
+
+
+class LossFile:
+    """`losses.jsonl`: a line an update (step, loss, lr). A resumed training drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, loss: float, lr: float) -> None:
+        self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
+        self.file.flush()

@@ -1,0 +1,263 @@
+"""The training loop of DreamBooth for Stable Diffusion 3.
+
+Around it: options in `settings`, pictures and noise in `data`, what learns in `model`, what is written in `saving`.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3, free_memory
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import hub, saving
+from .data import Samples, class_rows, collate, instance_rows
+from .model import (
+    Denoiser,
+    check_transformer,
+    encode,
+    load,
+    load_text,
+    make_optimizer,
+    make_trainable,
+    peft_note,
+    quantized,
+)
+from .settings import DreamBoothError, Settings
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def noise_levels(u: torch.Tensor, scheduler: FlowMatchEulerDiscreteScheduler) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sigmas (B, 1, 1, 1) and timesteps (B,) at places u (B,) of the schedule; 0 is pure noise, 1 nearly none."""
+    last = scheduler.config.num_train_timesteps - 1
+    i = (u * scheduler.config.num_train_timesteps).long().clamp(0, last)  # "mode" reaches 1 itself
+    return scheduler.sigmas[i][:, None, None, None], scheduler.timesteps[i]
+
+
+def flow_matching_loss(
+    velocity: torch.Tensor,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    weighting_scheme: str = "logit_normal",
+    precondition: bool = False,
+) -> torch.Tensor:
+    """Conditional flow matching (arXiv 2403.03206, section 3): each sample's squared error of the velocity, (B,).
+
+    Args:
+        velocity: what the model says at x = (1 - sigma) x0 + sigma noise, (B, C, h, w).
+        x0, noise: latents and noise, (B, C, h, w).
+        sigma: (B, 1, 1, 1) in 0..1.
+        weighting_scheme: weights of diffusers' `compute_loss_weighting_for_sd3`; 1 for logit_normal and mode.
+        precondition: compare x - sigma velocity with x0, so that the error counts sigma squared times.
+    """
+    error = velocity.float() - (noise - x0)
+    if precondition:
+        error = sigma * error
+    return (compute_loss_weighting_for_sd3(weighting_scheme, sigma) * error.square()).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def latents(batch: dict, vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
+    """A batch's x0 (B, C, h, w): drawn from the autoencoder's distribution, then shifted and scaled as SD3 wants it."""
+    if "pixels" in batch:
+        found = vae.encode(batch["pixels"].to(device)).latent_dist
+        mean, std = found.mean, found.std
+    else:
+        mean, std = batch["mean"].to(device), batch["std"].to(device)
+    shift = vae.config.shift_factor or 0.0  # often forgotten: diffusers issues 8708, 8887
+    return (mean + std * batch["draw"].to(device) - shift) * vae.config.scaling_factor
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision == "fp16" and on_cpu:
+        raise DreamBoothError("fp16 needs a GPU, and this training is on the CPU: use --mixed_precision no, or bf16.")
+    if precision == "bf16" and not on_cpu and torch.backends.mps.is_available():
+        raise DreamBoothError("bf16 does not train on Apple's GPUs: use --mixed_precision fp16, or no.")
+    out = Path(settings.output_dir)
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=hub.trackers(settings) or None,
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / settings.logging_dir)),
+    )
+
+
+def train(settings: Settings) -> Path:
+    """Teach the model and write the result to the output folder, which is returned.
+
+    In it: the LoRA (`pytorch_lora_weights.safetensors`) or a whole pipeline, `losses.jsonl` (a line an update: step,
+    loss, lr), checkpoints, and validation pictures.
+
+    Raises:
+        DreamBoothError, sd3kit.loading.LoadError: whatever stops it, in one sentence; what was saved before is kept.
+    """
+    s = settings
+    s.check()
+    accelerator = make_accelerator(s)
+    main, device = accelerator.is_main_process, accelerator.device
+    if s.base_quantization and device.type == "cpu":
+        raise DreamBoothError("--base_quantization needs a GPU, and this training is on the CPU: leave it out.")
+    rows = instance_rows(s)
+    check_transformer(s)
+    out, resumed = Path(s.output_dir), saving.find_checkpoint(s)
+    progress = json.loads((resumed / "progress.json").read_text(encoding="utf-8")) if resumed else {"step": 0}
+    drawn = int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed
+    seed = broadcast_object_list([progress.get("seed", drawn)])[0]
+    if main:
+        if s.resume_from_checkpoint and not resumed:
+            print(f"{out} holds no checkpoint yet, so the training starts from the beginning.", flush=True)
+        with saving.writing("The output folder", out):
+            out.mkdir(parents=True, exist_ok=True)
+            for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part")):
+                shutil.rmtree(left)
+        hub.create(s)
+    accelerator.wait_for_everyone()
+    set_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = s.allow_tf32
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    groups = [rows]
+    if s.with_prior_preservation:
+        saving.draw_class_pictures(s, accelerator, seed)
+        groups.append(class_rows(s))
+    wanted = {row.caption for group in groups for row in group} | {s.validation_prompt or "", ""}
+    text, prompts = load_text(s, accelerator, dtype), {}
+    if not s.train_text_encoder:  # the captions are encoded once, and the encoders go
+        with torch.no_grad():
+            prompts = {p: [t.cpu() for t in encode(text, [p], s.max_sequence_length)] for p in sorted(wanted)}
+        text = None
+        free_memory()
+
+    no_text = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
+    pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, **no_text, **quantized(s, dtype))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    vae = pipe.vae.requires_grad_(False)
+    if dtype != torch.float32:
+        vae.to(torch.float32)
+    side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    samples = Samples(groups, s, seed, (vae.config.latent_channels, side, side))
+    if s.cache_latents:
+        samples.cache(vae)
+        vae.to("cpu")
+
+    if s.train_text_encoder and main and (note := peft_note()):
+        print(note, flush=True)
+    model = Denoiser(pipe.transformer, text)
+    make_trainable(s, model)
+    optimizer = make_optimizer(s, model, accelerator.num_processes)
+    batch_of_all = s.train_batch_size * accelerator.num_processes
+    per_epoch = -(-len(samples) // (batch_of_all * s.gradient_accumulation_steps))  # updates, rounded up
+    steps = s.max_train_steps or s.num_train_epochs * per_epoch
+    lr_scheduler = get_scheduler(
+        s.lr_scheduler,
+        optimizer,
+        num_warmup_steps=s.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=s.lr_num_cycles,
+        power=s.lr_power,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    sharded = accelerator.distributed_type in SHARDED
+    if not sharded:
+        saving.use_small_checkpoints(s, accelerator)
+    step = progress["step"]
+    if resumed:
+        try:
+            accelerator.load_state(str(resumed))
+        except Exception as error:  # a damaged file of any of five kinds, or tensors of another size
+            raise DreamBoothError(
+                f"The checkpoint {resumed} is damaged or was made with other options ({f'{error}'[:80]})."
+            ) from error
+    accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
+    log = saving.LossFile(out / "losses.jsonl", step) if main else None
+    if main:
+        (out / "settings.json").write_text(json.dumps(s.public(), indent=1), encoding="utf-8")
+        went = f", going on from {resumed.name}" if resumed else ""
+        learning = sum(p.numel() for p in accelerator.unwrap_model(model).parameters() if p.requires_grad)
+        print(
+            f"{len(rows)} pictures, {learning:,} parameters learn, {steps} updates of "
+            f"{batch_of_all * s.gradient_accumulation_steps} pictures{went}.",
+            flush=True,
+        )
+
+    # each process takes its places of each forward pass; after a resume the count goes on where it was
+    passes = range(step * s.gradient_accumulation_steps, steps * s.gradient_accumulation_steps)
+    first = accelerator.process_index * s.train_batch_size
+    numbers = [k * batch_of_all + first + j for k in passes for j in range(s.train_batch_size)]
+    own = torch.Generator()  # a loader draws a number when it starts; from torch's own it would shift a resumed dropout
+    loader = DataLoader(
+        samples,
+        s.train_batch_size,
+        sampler=numbers,
+        collate_fn=collate,
+        num_workers=s.dataloader_num_workers,
+        generator=own,
+    )
+    model.train()
+    total = torch.zeros((), device=device)
+    with tqdm(total=steps, initial=step, unit="step", disable=not accelerator.is_local_main_process) as bar:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                x0, noise = latents(batch, vae, device), batch["noise"].to(device)
+                sigma, timesteps = (t.to(device) for t in noise_levels(batch["u"].flatten(), scheduler))
+                x = (1 - sigma) * x0 + sigma * noise
+                captions = batch["caption"]
+                if not s.train_text_encoder:
+                    captions = [
+                        torch.cat(parts).to(device) for parts in zip(*(prompts[c] for c in captions), strict=True)
+                    ]
+                velocity = model(x.to(dtype), timesteps, captions, s.max_sequence_length)
+                each = flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
+                subject, *prior = each.chunk(len(groups))
+                loss = subject.mean() + s.prior_loss_weight * sum(part.mean() for part in prior)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], s.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach() / s.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            lr = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            step += 1
+            mean_loss = accelerator.reduce(total, "mean").item()
+            total.zero_()
+            if not torch.isfinite(torch.tensor(mean_loss)):
+                raise DreamBoothError(
+                    f"The loss is {mean_loss} at step {step}: lower --learning_rate, or use bf16 in place of fp16, and "
+                    "go on with --resume_from_checkpoint latest."
+                )
+            bar.update()
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=lr)
+            accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
+            if log:
+                log.write(step, mean_loss, lr)
+            if step % s.checkpointing_steps == 0:
+                saving.save_checkpoint(s, accelerator, step, seed)
+            due = s.validation_prompt and s.num_validation_images and step % (per_epoch * s.validation_epochs) == 0
+            if due and step < steps and main and not sharded:
+                saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+
+    saving.save_result(s, accelerator, model, dtype)
+    images = []
+    if s.validation_prompt and s.num_validation_images and main and not sharded:
+        images = saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+    if main:
+        hub.upload(s, images)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return out
