@@ -1,4 +1,5 @@
 # make lab    set up and open the first lesson in JupyterLab
+# make app    the quick-try page in a browser, for this machine only
 # make test   set up, run every test and execute every notebook from the installed wheel
 # make notebooks   execute the lessons and store their outputs
 # make lint   what pre-commit checks
@@ -9,11 +10,15 @@ PIP := $(BIN)/python -m pip
 # With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
 
-.PHONY: lab test notebooks lint clean
+.PHONY: lab app test notebooks lint clean
 
 lab: $(VENV)/ready
 	$(PIP) install -q --no-deps -e .
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+app: $(VENV)/ready
+	$(PIP) install -q --no-deps -e .
+	$(BIN)/python -m sd3kit.explore
 
 test: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .

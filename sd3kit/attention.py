@@ -5,7 +5,7 @@ computes the same thing openly.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -81,8 +81,23 @@ def word_tokens(pipe, prompt: str, word: str, max_sequence_length: int = 40) -> 
 
 
 @torch.no_grad()
-def maps(pipe, prompt: str, words: list[str], *, seed: int = 0, steps: int = 28, max_sequence_length: int = 40) -> dict:
+def maps(
+    pipe,
+    prompt: str,
+    words: list[str],
+    *,
+    seed: int = 0,
+    steps: int = 28,
+    max_sequence_length: int = 40,
+    callback: Callable | None = None,
+    **settings,
+) -> dict:
     """Draw a prompt and record where its words are looked at.
+
+    Args:
+        words: each must be in the prompt.
+        callback: run at the end of each step, as the pipeline's `callback_on_step_end`.
+        settings: more arguments for the pipeline.
 
     Returns:
         `image`; `raw` (words, steps, layers, rows, columns): the attention that picture tokens pay to a word's tokens;
@@ -106,7 +121,7 @@ def maps(pipe, prompt: str, words: list[str], *, seed: int = 0, steps: int = 28,
             similar.append((outputs[:picture] @ said.T).softmax(-1).T)
         raw.append(torch.stack(read, 1))
         concept.append(torch.stack(similar, 1))
-        return values
+        return values if callback is None else callback(pipe, step, timestep, values)
 
     with opened(pipe.transformer) as processors:
         image = pipe(
@@ -115,6 +130,7 @@ def maps(pipe, prompt: str, words: list[str], *, seed: int = 0, steps: int = 28,
             generator=torch.Generator().manual_seed(seed),
             max_sequence_length=max_sequence_length,
             callback_on_step_end=keep,
+            **settings,
         ).images[0]
     rows = image.height // (pipe.vae_scale_factor * pipe.transformer.config.patch_size)
     return {

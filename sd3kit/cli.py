@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import __version__, configs, measure
-from .loading import MODELS, LoadError, load, pick_device, pick_dtype, resolve
+from .loading import MODELS, LoadError, load, pick_device, pick_dtype, prompt_length, resolve
 
 
 class UserError(Exception):
@@ -104,14 +104,6 @@ def generate(options: argparse.Namespace) -> None:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise UserError(f"{options.output} could not be written ({reason}): give another -o.") from error
     print(options.output)
-
-
-def prompt_length(pipe, *prompts: str) -> int:
-    """The T5 length to pad to: the pipeline's 256 costs nano nearly twice the time, and nearly all of it is padding."""
-    if pipe.tokenizer_3 is None:
-        return 40
-    longest = max(len(pipe.tokenizer_3(prompt).input_ids) for prompt in prompts)
-    return min(256, max(40, longest))
 
 
 def check() -> None:

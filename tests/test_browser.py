@@ -1,0 +1,350 @@
+"""The explorers in a real browser: a lesson in JupyterLab and the quick-try page, in headless Chromium by Playwright.
+
+Screenshots are kept in tests/artefacts.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lessons
+import nbformat
+import pytest
+from PIL import Image
+
+ARTEFACTS = Path(__file__).parent / "artefacts"
+PATIENCE = 120_000  # milliseconds for what waits on a drawing, on a machine that is busy
+START = 300_000  # and on a server or a kernel
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+SETTING = "a panda on a green background, flat"
+
+
+def absent(reason: str) -> None:
+    """No browser: said, and under CI a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}; under CI the browser tests must run")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        absent("Playwright is not installed (pip install 'sd3kit[browser]')")
+    with sync_playwright() as playwright:
+        names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        system = next(filter(None, map(shutil.which, names)), None)
+        if system is None and not Path(playwright.chromium.executable_path).exists():
+            absent("there is no Chromium (apt-get install chromium, or playwright install chromium)")
+        started = playwright.chromium.launch(executable_path=system, args=FLAGS)
+        yield started
+        started.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def serving(command: list[str], folder: Path, port: int):
+    """A server of Jupyter's family with nothing of this machine's settings; gives its address once it listens."""
+    environment = os.environ | {
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = (folder / "log.txt").open("w+")
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        while not listening(port):
+            if server.poll() is not None or time.monotonic() > end:
+                log.seek(0)
+                pytest.fail(f"the server did not start: {log.read()[-2000:]}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+        log.close()
+
+
+def lesson(folder: Path) -> None:
+    """Lesson 00 up to its pipeline, and its explorer; the whole of it is executed by test_notebooks."""
+    notebook = nbformat.read(lessons.LESSONS[0], as_version=4)
+    needed = ("import sd3kit", "sd3kit.load()", "explore.TextToImage(")
+    code = [c for c in notebook.cells if c.cell_type == "code" and any(part in c.source for part in needed)]
+    assert code, "lesson 00 loads a pipeline"
+    chosen = [notebook.cells[0]]
+    for part in needed:
+        chosen += [next((c for c in code if part in c.source and c not in chosen), None)]
+    if chosen[-1] is None:
+        source = "from sd3kit import explore\n\nexplore.TextToImage(pipe)"
+        chosen[-1] = nbformat.v4.new_code_cell(source)
+    for cell in chosen:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.cells = [cell for cell in chosen if cell is not None]
+    nbformat.write(notebook, folder / "lesson.ipynb")
+
+
+def shot(page, name: str) -> None:
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    """Lesson 00 in JupyterLab, run with the Run menu; gives the page."""
+    folder = tmp_path_factory.mktemp("lab")
+    lesson(folder)
+    off = folder / "config" / "labconfig" / "page_config.json"
+    off.parent.mkdir(parents=True)
+    off.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]
+    with serving(command, folder, port) as address:
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        try:
+            page.goto(f"{address}/lab/tree/lesson.ipynb", timeout=START)
+            page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=START)
+            # cells that are run before the kernel answers are dropped
+            page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=START)
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+            page.locator(".sd3kit-explorer").first.wait_for(timeout=START)
+        finally:
+            shot(page, "lab-start")
+        yield page
+        page.close()
+
+
+@pytest.fixture
+def explorer(lab):
+    root = lab.locator(".sd3kit-explorer").first
+    root.scroll_into_view_if_needed()
+    yield root
+    shot(lab, "lab-last")
+
+
+@pytest.fixture(scope="module")
+def site(browser, tmp_path_factory):
+    """The quick-try page; gives the browser's page."""
+    pytest.importorskip("voila") if not os.environ.get("CI") else __import__("voila")
+    folder, port = tmp_path_factory.mktemp("page"), free_port()
+    command = [sys.executable, "-m", "sd3kit.explore", "--no-browser", f"--port={port}"]
+    with serving(command, folder, port) as address:
+        page = browser.new_page(viewport={"width": 1100, "height": 1300}, accept_downloads=True)
+        page.goto(address, timeout=START)
+        page.locator(".sd3kit-explorer").nth(1).wait_for(timeout=START)
+        yield page
+        page.close()
+
+
+# ---- what a person does
+
+
+def status(root):
+    return root.locator(".sd3kit-said")
+
+
+def done(root, words: str = "Done") -> str:
+    status(root).get_by_text(re.compile(words)).wait_for(timeout=PATIENCE)
+    return status(root).inner_text()
+
+
+def ask(root, prompt: str) -> None:
+    box = root.get_by_label("Prompt", exact=True)
+    box.fill(prompt)
+    box.press("Enter")
+
+
+def slider(root, name: str):
+    return root.get_by_role("slider", name=name, exact=True)
+
+
+def seen(root) -> None:
+    """Write down in the page what the status line, the progress bar and the picture show from now on."""
+    root.evaluate(
+        """root => {
+            window.seen = [];
+            const note = () => {
+                const bar = root.querySelector('progress'), image = root.querySelector('img[alt^="Preview"]');
+                window.seen.push([root.querySelector('.sd3kit-said').innerText.trim(), bar ? bar.value : 0,
+                                  image ? image.alt : '']);
+            };
+            new MutationObserver(note).observe(root, {childList: true, subtree: true, characterData: true});
+        }"""
+    )
+
+
+def picture(root, alt: str) -> Image.Image:
+    """The picture with this alternative text, as the browser has it."""
+    image = root.get_by_alt_text(alt, exact=True).first
+    image.wait_for(timeout=PATIENCE)
+    return Image.open(io.BytesIO(base64.b64decode(image.get_attribute("src").partition(",")[2])))
+
+
+def serious(page, context: str) -> list[str]:
+    """What axe-core finds in a part of the page and calls serious or critical."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, context=context).response["violations"]
+    return [
+        f"{item['id']} ({item['impact']}): {[node['html'][:160] for node in item['nodes']][:3]}"
+        for item in found
+        if item["impact"] in ("serious", "critical")
+    ]
+
+
+def test_a_prompt_typed_in_the_lesson_is_drawn(lab, explorer, judge):
+    seen(explorer)
+    ask(explorer, SETTING)
+    assert re.match(r"Done: 28 steps in [\d.]+ s", done(explorer))
+    drawn = picture(explorer, f"{SETTING}; seed 0")
+    assert judge.background(drawn) == "green" and judge.subject(drawn)[0] == "panda"
+    said, bars, previews = zip(*lab.evaluate("window.seen"), strict=True)
+    assert "Drawing…" in said and {"25 percent.", "50 percent."} & set(said)
+    assert len(set(bars)) > 5 and max(bars) == 28
+    assert any(re.match(rf"Preview of step \d+ of 28: {SETTING}; seed 0", alt) for alt in previews)
+    shot(lab, "lab-done")
+
+
+def test_stop_in_the_lesson(lab, explorer):
+    seen(explorer)
+    slider(explorer, "Steps").press("End")  # 50 steps; a change draws
+    explorer.locator("progress").wait_for(timeout=PATIENCE)
+    explorer.get_by_role("button", name="Stop", exact=True).click()
+    words = done(explorer, "Stopped after")
+    shot(lab, "lab-stopped")
+    assert 1 <= int(re.search(r"after (\d+) of 50", words)[1]) < 50
+    slider(explorer, "Steps").press("Home")
+    assert "1 steps" in done(explorer, "Done: 1 steps")
+
+
+def test_sliders_moved_quickly_end_with_the_last_setting(lab, explorer):
+    before = explorer.get_by_role("button", name=re.compile("^Back to")).count()
+    steps, guidance = slider(explorer, "Steps"), slider(explorer, "Guidance")
+    steps.press("Home")
+    for _ in range(2):
+        steps.press("PageUp")
+    guidance.press("Home")
+    for _ in range(20):
+        guidance.press("ArrowRight")
+    last = float(guidance.get_attribute("aria-valuenow"))
+    assert last == 11.0
+    explorer.get_by_text(re.compile("guidance 11,")).wait_for(timeout=PATIENCE)
+    done(explorer)
+    lab.wait_for_timeout(1500)  # nothing that waited comes after
+    assert explorer.get_by_text(re.compile("guidance 11,")).is_visible()
+    after = explorer.get_by_role("button", name=re.compile("^Back to")).count()
+    assert after - before < 12, "most drawings on the way are stopped"
+
+
+def test_an_error_in_the_lesson_is_one_line_and_the_next_try_works(lab, explorer, judge):
+    ask(explorer, "")
+    explorer.get_by_role("alert").get_by_text("The prompt is empty").wait_for(timeout=PATIENCE)
+    shot(lab, "lab-error")
+    ask(explorer, "a fox on a red background, flat")
+    done(explorer)
+    assert explorer.get_by_role("alert").count() == 0
+    assert judge.background(picture(explorer, "a fox on a red background, flat; seed 0")) == "red"
+
+
+def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
+    explorer.get_by_label("Prompt", exact=True).focus()
+    wording = "an apple on a yellow background, flat"
+    lab.keyboard.press("Control+A")
+    lab.keyboard.type(wording)
+    reached = []
+    for _ in range(40):
+        lab.keyboard.press("Tab")
+        name = lab.evaluate(
+            """() => { const at = document.activeElement;
+                return at.closest('.sd3kit-explorer') === null ? null : at.getAttribute('aria-label') ||
+                    (at.labels && at.labels.length ? at.labels[0].innerText : at.innerText).trim(); }"""
+        )
+        if name is None:
+            break
+        reached.append(name)
+        if name == "Draw":
+            lab.keyboard.press("Enter")
+            done(explorer)
+        if name.startswith("Back to"):
+            lab.keyboard.press("Space")
+            done(explorer, "Back to: ")
+            break
+    wanted = {"Negative prompt", "Seed", "Steps", "Guidance", "Shift", "Size in pixels", "Ideas", "Draw", "Stop"}
+    assert wanted <= set(reached), reached
+    assert reached[-1].startswith("Back to")
+    assert judge.background(picture(explorer, f"{wording}; seed 0")) == "yellow"
+
+
+def test_nothing_serious_in_the_accessibility_scan_of_the_lessons_explorer(lab, explorer):
+    assert not serious(lab, ".sd3kit-explorer")
+    line = explorer.locator(".sd3kit-said > .widget-html-content")
+    assert line.get_attribute("aria-live") == "polite", "the lasting element is the live region"
+
+
+def test_the_page_draws_an_idea_and_its_download_brings_the_settings_back(site, judge, tmp_path):
+    from sd3kit.explore import from_png
+
+    root = site.locator(".sd3kit-explorer").first
+    root.get_by_label("Seed", exact=True).fill("3")
+    root.get_by_label("Ideas", exact=True).select_option("an owl on a teal background, 3d")
+    root.get_by_role("button", name="Draw", exact=True).click()
+    root.get_by_alt_text("an owl on a teal background, 3d; seed 3", exact=True).first.wait_for(timeout=PATIENCE)
+    done(root)
+    assert judge.background(picture(root, "an owl on a teal background, 3d; seed 3")) == "teal"
+    with site.expect_download() as download:
+        root.get_by_role("link", name="Download this PNG").click()
+    download.value.save_as(tmp_path / "owl.png")
+    settings = from_png(tmp_path / "owl.png")
+    assert (settings["prompt"], settings["seed"]) == ("an owl on a teal background, 3d", 3)
+    ask(root, "a star on a black background, flat")
+    root.get_by_alt_text("a star on a black background, flat; seed 3", exact=True).first.wait_for(timeout=PATIENCE)
+    done(root)
+    with site.expect_file_chooser() as chooser:
+        root.get_by_role("button", name="Settings from a PNG").click()
+    chooser.value.set_files(tmp_path / "owl.png")
+    site.wait_for_function("root => root.querySelector('input').value.startsWith('an owl')", arg=root.element_handle())
+    shot(site, "page-text")
+
+
+def test_the_page_changes_the_picture_and_inpaints(site):
+    root = site.locator(".sd3kit-explorer").nth(1)
+    root.get_by_role("button", name="Take the picture above").click()
+    done(root)
+    root.get_by_label("Mask", exact=True).select_option("ellipse")
+    root.get_by_alt_text(re.compile("veiled where it is drawn anew")).wait_for(timeout=PATIENCE)
+    root.get_by_role("button", name="Back to 2", exact=True).wait_for(timeout=PATIENCE)
+    root.scroll_into_view_if_needed()
+    shot(site, "page-image")
+
+
+def test_nothing_serious_in_the_accessibility_scan_of_the_page(site):
+    assert not serious(site, "body")

@@ -1,0 +1,542 @@
+"""The explorers without a browser: what the functions return, the newest setting wins, Stop stops, errors pass."""
+
+import base64
+import copy
+import io
+import json
+import re
+import runpy
+import sys
+import threading
+import time
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image, PngImagePlugin
+
+from sd3kit import explore
+from sd3kit.explore import __main__ as serve
+from sd3kit.explore import drawing, explorers
+from sd3kit.explore.work import Worker
+
+PROMPT = "a fox on a blue background, flat"
+QUICK = {"steps": 3, "size": 64}
+# What ipywidgets 7.7 and 8 both have. The explorers themselves are VBoxes.
+CORE = {
+    "BoundedIntText", "Button", "Checkbox", "Dropdown", "FileUpload", "FloatSlider", "HBox", "HTML", "IntRangeSlider",
+    "IntSlider", "SelectionSlider", "Text", "VBox",
+}  # fmt: skip
+
+
+def pixels(image):
+    return np.asarray(image, np.float32)
+
+
+@pytest.fixture
+def calls(pipe):
+    """One entry for each call of the transformer, and how many were under way at most."""
+    seen, now = [], [0, 0]
+
+    def before(*_):
+        seen.append(time.perf_counter())
+        now[0] += 1
+        now[1] = max(now)
+
+    def after(*_):
+        now[0] -= 1
+
+    hooks = [pipe.transformer.register_forward_pre_hook(before), pipe.transformer.register_forward_hook(after)]
+    yield seen, now
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def text(pipe):
+    """The text-to-image explorer at a small size, drawing only when asked."""
+    explorer = explore.TextToImage(pipe, PROMPT, live=False)
+    explorer.restore(QUICK)
+    yield explorer
+    explorer.stop()
+    assert explorer.wait(30)
+
+
+def said(explorer):
+    return re.sub("<[^>]*>", "", explorer._said.value)
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+# ---- the functions
+
+
+def test_text_to_image_is_the_pipelines_own_picture_and_leaves_the_pipeline_alone(pipe):
+    seen = []
+    drawn = explore.text_to_image(pipe, PROMPT, seed=5, guidance=4.0, shift=2.0, watch=seen.append, **QUICK)
+    pipe.scheduler.set_shift(2.0)
+    plain = pipe(
+        PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=3, width=64, height=64,
+        guidance_scale=4.0, max_sequence_length=40,
+    ).images[0]  # fmt: skip
+    pipe.scheduler.set_shift(pipe.scheduler.config.shift)
+    assert np.array_equal(pixels(drawn.image), pixels(plain))
+    assert drawn.settings == {
+        "prompt": PROMPT, "negative_prompt": "", "seed": 5, "steps": 3, "guidance": 4.0, "shift": 2.0, "size": 64,
+    }  # fmt: skip
+    assert [(step.number, step.total) for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[0].sigma > seen[1].sigma > seen[2].sigma == 0
+    assert seen[0].latents.shape == (1, 16, 8, 8)
+    assert drawn.seconds > 0 and not drawn.stopped
+    other = explore.text_to_image(pipe, PROMPT, seed=5, guidance=4.0, **QUICK)
+    assert other.settings["shift"] == pipe.scheduler.config.shift == pipe.scheduler.shift
+    assert not np.array_equal(pixels(other.image), pixels(drawn.image)), "the shift has an effect"
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"steps": 0}, "Steps must be from 1 to 1000"),
+        ({"guidance": 99}, "Guidance must be"),
+        ({"seed": -1}, "Seed must be"),
+        ({"size": 100}, "multiple of 16 from 64 to 256"),
+        ({"size": 512}, "multiple of 16 from 64 to 256"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_computed(pipe, calls, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        explore.text_to_image(pipe, **{"prompt": PROMPT, **QUICK, **wrong})
+    assert not calls[0]
+
+
+def test_image_to_image_runs_its_share_of_the_steps(pipe, calls):
+    source = Image.new("RGB", (200, 100), "green")
+    drawn = explore.image_to_image(pipe, source, PROMPT, strength=0.5, steps=8, size=64)
+    assert drawn.steps == drawn.total == len(calls[0]) == 4
+    assert drawn.image.size == drawn.data["image"].size == (64, 64)
+    with pytest.raises(ValueError, match="below one step"):
+        explore.image_to_image(pipe, source, PROMPT, strength=0.1, steps=8, size=64)
+
+
+def test_inpaint_changes_the_masked_part_only(pipe):
+    source = explore.text_to_image(pipe, "a cat on a yellow background, flat", seed=1, steps=6).image
+    where = explore.mask("box", left=0.5, size=128)
+    drawn = explore.inpaint(pipe, source, where, "a rocket on a blue background, flat", steps=6)
+    change = np.abs(pixels(drawn.image) - pixels(source)).mean(-1)
+    kept, anew = change[:, :48].mean(), change[:, 80:].mean()
+    assert anew > 3 * kept, (anew, kept)
+    with pytest.raises(ValueError, match="mask is empty"):
+        explore.inpaint(pipe, source, Image.new("L", (128, 128)), PROMPT)
+
+
+def test_masks_have_the_area_of_their_shape():
+    area = {shape: (pixels(explore.mask(shape, 0.25, 0, 0.75, 1, 128)) > 127).mean() for shape in ("box", "ellipse")}
+    assert area["box"] == 0.5
+    assert area["ellipse"] == pytest.approx(0.5 * np.pi / 4, rel=0.02)
+    with pytest.raises(ValueError, match="empty"):
+        explore.mask("box", 0.5, 0, 0.5, 1)
+    with pytest.raises(ValueError, match="ellipse"):
+        explore.mask("star")
+
+
+def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe):
+    reached = []
+    settings = {"steps": 4, "shift": 6.0, "size": 64}
+    drawn = explore.schedule(pipe, PROMPT, watch=lambda step: reached.append(step.sigma), **settings)
+    assert drawn.data["sigmas"][1:].tolist() == pytest.approx(reached)
+    assert [preview.size for preview in drawn.data["previews"]] == [(8, 8)] * 4
+    assert (explore.sigmas(pipe, 4, 6.0)[1:-1] > explore.sigmas(pipe, 4, 1.0)[1:-1]).all()
+    picture = explore.curve(drawn.data["sigmas"], 6.0, drawn.data["previews"])
+    assert "Shift 6" in picture.alt and picture.image.width > 300
+
+
+def test_previews_resemble_what_the_decoder_makes(pipe):
+    seen = []
+    drawn = explore.text_to_image(pipe, PROMPT, steps=6, watch=seen.append)
+    look = explore.latent_to_rgb(pipe)
+    small = pixels(drawn.image.resize((16, 16), Image.Resampling.BOX))
+
+    def explained(preview):
+        return 1 - ((pixels(preview) - small) ** 2).sum() / ((small - small.mean((0, 1))) ** 2).sum()
+
+    assert explained(look(seen[-1].latents)) > 0.5
+    assert explained(look(seen[-1].latents.flip(1))) < 0.2, "the control: channels in the wrong order"
+
+
+def test_attention_has_a_map_for_each_word_and_layer(pipe):
+    drawn = explore.attention(pipe, "a fox, blue", steps=2, seed=3)
+    layers = len(pipe.transformer.transformer_blocks)
+    assert drawn.data["words"] == ["a", "fox", "blue"]
+    assert drawn.data["raw"].shape == drawn.data["concept"].shape == (3, 2, layers, 8, 8)
+    assert drawn.steps == 2 and drawn.settings["seed"] == 3
+    one, other = (explore.heat(drawn, "fox", layer=layer) for layer in (0, layers - 1))
+    assert not np.array_equal(pixels(one.image), pixels(other.image))
+    assert "'fox'" in one.alt and "layer 1" in one.alt and "seed 3" in one.alt
+    for wrong in ({"word": "owl"}, {"word": "fox", "layer": layers}, {"word": "fox", "method": "magic"}):
+        with pytest.raises(ValueError):
+            explore.heat(drawn, **wrong)
+
+
+@pytest.fixture
+def with_lora(pipe):
+    from peft import LoraConfig
+
+    parts = pipe.components | {"transformer": copy.deepcopy(pipe.transformer)}
+    other = StableDiffusion3Pipeline(**parts)
+    other.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    for name in ("dog", "ink"):
+        other.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), adapter_name=name)
+    for name, weight in other.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    other.set_adapters(["dog", "ink"], [0.5, 2.0])
+    return other
+
+
+def test_lora_scales_count_and_are_put_back(pipe, with_lora):
+    def state():
+        weights = {name: weight.requires_grad for name, weight in with_lora.transformer.named_parameters()}
+        layers = [layer for layer in with_lora.transformer.modules() if hasattr(layer, "scaling")]
+        return weights, [(dict(layer.scaling), layer.active_adapters) for layer in layers]
+
+    before = state()
+    plain = pixels(explore.text_to_image(pipe, PROMPT, **QUICK).image)
+    without = explore.lora(with_lora, PROMPT, {"dog": 0.0}, **QUICK)
+    strong = explore.lora(with_lora, PROMPT, {"dog": 1.0, "ink": -1.0}, **QUICK)
+    assert np.abs(pixels(without.image) - plain).max() <= 1
+    assert np.abs(pixels(strong.image) - plain).max() > 10
+    assert strong.settings["scales"] == {"dog": 1.0, "ink": -1.0}
+    assert state() == before and before[1]
+    with pytest.raises(ValueError, match="no adapter 'cat'"):
+        explore.lora(with_lora, PROMPT, {"cat": 1.0})
+    with pytest.raises(ValueError, match="No LoRA is loaded"):
+        explore.lora(pipe, PROMPT)
+    explorer = explore.Lora(with_lora, PROMPT, live=False)
+    explorer.restore(QUICK | {"scale of dog": 0.5, "scale of ink": 0.0})
+    explorer.start()
+    assert explorer.wait(30) and explorer.shown.settings["scales"] == {"dog": 0.5, "ink": 0.0}
+
+
+def test_encoders_can_be_switched_off(pipe):
+    plain = pixels(explore.text_to_image(pipe, PROMPT, **QUICK).image)
+    drawn = {keep: pixels(explore.encoders(pipe, PROMPT, keep, **QUICK).image) for keep in ("123", "3", "")}
+    assert np.abs(drawn["123"] - plain).max() <= 1
+    assert np.abs(drawn["3"] - plain).max() > 10 and np.abs(drawn[""] - drawn["3"]).max() > 10
+    with pytest.raises(ValueError, match="123"):
+        explore.encoders(pipe, PROMPT, "4")
+
+
+# ---- stop, errors, one job at a time
+
+
+def test_stop_ends_within_one_step_and_frees(pipe, calls, monkeypatch):
+    stop, freed = threading.Event(), []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
+    watch = lambda step: stop.set() if step.number == 2 else None  # noqa: E731
+    drawn = explore.text_to_image(pipe, PROMPT, steps=20, size=64, watch=watch, stop=stop)
+    assert len(calls[0]) == drawn.steps == 2 and drawn.total == 20 and drawn.stopped
+    assert freed and "stopped after 2 of 20" in drawn.alt
+    with pytest.raises(explore.Stopped):
+        explore.text_to_image(pipe, PROMPT, stop=stop)
+    assert len(calls[0]) == 2
+
+
+def test_an_error_in_a_step_frees_and_leaves_the_pipeline_usable(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
+
+    def fail(*_):
+        raise RuntimeError("a layer broke")
+
+    hook = pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a layer broke"):
+        explore.text_to_image(pipe, PROMPT, shift=9.0, **QUICK)
+    hook.remove()
+    assert freed and pipe.scheduler.shift == pipe.scheduler.config.shift
+    assert explore.text_to_image(pipe, PROMPT, **QUICK).steps == 3
+
+
+def test_the_newest_job_wins_and_nothing_queues():
+    ran, ended = [], []
+    worker = Worker(lambda error: pytest.fail(str(error)))
+    started, last = threading.Event(), threading.Event()
+
+    def job(number):
+        def run(stop):
+            ran.append(number)
+            started.set()
+            if number < 30:
+                assert stop.wait(10), "an old job is asked to stop"
+            ended.append(number)
+            if number == 30:
+                last.set()
+
+        return run
+
+    worker.submit(job(0))
+    assert started.wait(10)
+    for number in range(1, 31):
+        worker.submit(job(number))
+    assert last.wait(10) and worker.wait(10)
+    assert ran[0] == 0 and ran[-1] == ended[-1] == 30 and len(ran) <= 3, ran
+    threads = [thread.name for thread in threading.enumerate()]
+    until(lambda: "sd3kit explorer" not in [thread.name for thread in threading.enumerate()])
+    assert threads.count("sd3kit explorer") <= 1
+
+
+def test_a_jobs_error_does_not_end_the_worker():
+    errors, done = [], threading.Event()
+    worker = Worker(errors.append)
+    worker.submit(lambda stop: 1 / 0)
+    assert worker.wait(10)
+    worker.submit(lambda stop: done.set())
+    assert worker.wait(10) and done.is_set() and isinstance(errors[0], ZeroDivisionError)
+
+
+def test_a_slider_moved_many_times_ends_with_the_last_setting(pipe, calls):
+    explorer = explore.TextToImage(pipe, PROMPT, live=True)
+    with explorer._quiet():
+        explorer.restore({"steps": 5, "size": 64})
+    for value in np.arange(1.0, 20.5, 0.5):
+        explorer.inputs["guidance"].value = float(value)
+        time.sleep(0.004)
+    assert explorer.wait(60)
+    assert explorer.shown.settings["guidance"] == 20.0
+    assert len(explorer.made) <= 2, "drawings on the way are stopped"
+    assert len(calls[0]) < 39 * 5 / 2, "and take few steps"
+    assert said(explorer).startswith("Done: 5 steps")
+
+
+def test_two_explorers_of_one_pipeline_take_turns(pipe, calls):
+    both = [explore.TextToImage(pipe, PROMPT, live=False), explore.Encoders(pipe, PROMPT, live=False)]
+    for explorer in both:
+        explorer.restore(QUICK)
+        explorer.start()
+    assert all(explorer.wait(60) for explorer in both)
+    assert calls[1][1] == 1 and len(calls[0]) == 6
+    assert all(said(explorer).startswith("Done") for explorer in both)
+
+
+def test_the_explorers_stop_button(text, calls):
+    text.inputs["steps"].value = 50
+    text._draw.click()
+    until(lambda: len(calls[0]) > 2)
+    pressed = time.perf_counter()
+    text._stop.click()
+    assert text.wait(30)
+    late = [call for call in calls[0] if call > pressed]
+    assert len(late) <= 1 and len(calls[0]) < 50
+    assert re.match(r"Stopped after \d+ of 50 steps", said(text)) and not text.made
+    text.restore(QUICK)
+    text._draw.click()
+    assert text.wait(30) and said(text).startswith("Done: 3 steps")
+
+
+def test_stop_also_ends_what_waits(text, calls):
+    text.inputs["steps"].value = 50
+    text.start()
+    until(lambda: len(calls[0]) > 1)
+    text.inputs["seed"].value = 8
+    text.start()
+    text.stop()
+    assert text.wait(30)
+    assert said(text) == "Stopped before the first step." and len(calls[0]) < 10
+
+
+def test_an_error_is_one_line_and_the_next_try_works(text):
+    text.inputs["prompt"].value = ""
+    text._draw.click()
+    assert text.wait(30)
+    assert said(text).startswith("The prompt is empty") and 'role="alert"' in text._said.value
+    text.inputs["prompt"].value = PROMPT
+    text._draw.click()
+    assert text.wait(30)
+    assert said(text).startswith("Done: 3 steps") and 'role="status"' in text._said.value
+    assert explorers.one_line(RuntimeError("CUDA out of memory. Tried\nto")).startswith("The memory is full")
+    assert explorers.one_line(KeyError("x\ny")).count("\n") == 0
+
+
+# ---- what is shown and kept
+
+
+def test_pictures_have_alternative_texts_with_prompt_and_seed(text):
+    text.restore({"prompt": 'a fox "<b>"', "seed": 7})
+    values = []
+    text._picture.observe(lambda change: values.append(change["new"]), "value")
+    text.start()
+    assert text.wait(30)
+    assert len(values) == 4, "three previews and the picture"
+    texts = [re.search(r'alt="([^"]*)"', value)[1] for value in values]
+    assert texts[0] == "Preview of step 1 of 3: a fox &quot;&lt;b&gt;&quot;; seed 7"
+    assert texts[-1] == "a fox &quot;&lt;b&gt;&quot;; seed 7"
+    thumb = text._gallery.children[0].children[0].value
+    assert 'alt="Picture 1: a fox &quot;&lt;b&gt;&quot;; seed 7"' in thumb
+    assert 'aria-live="polite"' in text._said.value
+
+
+def test_one_click_returns_to_a_picture_and_its_settings(text, calls):
+    for seed in (1, 2):
+        text.restore({"seed": seed})
+        text.start()
+        assert text.wait(30)
+    first = pixels(text.made[1].image)
+    drawn = len(calls[0])
+    text._gallery.children[1].children[1].click()
+    assert text.inputs["seed"].value == text.shown.settings["seed"] == 1
+    assert np.array_equal(pixels(text.shown.image), first) and len(calls[0]) == drawn
+    assert "seed 1" in said(text)
+
+
+def test_the_gallery_is_bounded(text, monkeypatch):
+    drawn = drawing.Drawn(Image.new("RGB", (64, 64)), text.settings(), 1.0, 3, 3)
+    for _ in range(explorers.KEPT + 5):
+        text._keep(drawn, text.settings())
+    assert len(text.made) == len(text._gallery.children) == explorers.KEPT
+    assert text._gallery.children[0].children[1].description == f"Back to {explorers.KEPT + 5}"
+
+
+def test_settings_come_back_from_a_png(pipe, text, tmp_path):
+    drawn = explore.text_to_image(
+        pipe, "ein Füchslein", negative_prompt="red", seed=9, guidance=3.0, shift=4.0, **QUICK
+    )
+    drawn.save(tmp_path / "fox.png")
+    settings = explore.from_png(tmp_path / "fox.png")
+    assert settings == drawn.settings
+    again = explore.text_to_image(pipe, **settings)
+    assert np.array_equal(pixels(again.image), pixels(drawn.image))
+    for value in ({"fox.png": {"content": drawn.png()}}, ({"content": memoryview(drawn.png())},)):  # ipywidgets 7 and 8
+        assert explore.from_png(explorers.uploaded(type("Upload", (), {"value": value}))) == settings
+    text.restore(settings)
+    assert text.settings() == settings
+    with pytest.raises(ValueError, match="cannot show steps 400"):
+        text.restore(settings | {"seed": 1, "steps": 400})
+    assert text.settings() == settings, "all or nothing"
+
+
+def test_the_download_link_holds_the_settings(text):
+    text.start()
+    assert text.wait(30)
+    data = re.search(r'<a download="sd3kit-seed-0.png" href="data:image/png;base64,([^"]+)"', text._picture.value)[1]
+    assert explore.from_png(base64.b64decode(data)) == text.settings()
+
+
+def test_files_without_settings_are_refused(tmp_path):
+    plain, damaged = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(plain, "PNG")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sd3kit", '{"seed": "many"')
+    Image.new("RGB", (8, 8)).save(damaged, "PNG", pnginfo=info)
+    for data, words in (
+        (plain.getvalue(), "no settings"),
+        (damaged.getvalue(), "damaged"),
+        (b"no picture", "not a PNG"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            explore.from_png(data)
+    with pytest.raises(OSError):
+        explore.from_png(tmp_path / "missing.png")
+
+
+def test_unknown_settings_in_a_png_are_left_out():
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("sd3kit", json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"}))
+    Image.new("RGB", (8, 8)).save(data, "PNG", pnginfo=info)
+    assert explore.from_png(data.getvalue()) == {"prompt": "a fox", "seed": 1}
+
+
+# ---- the other explorers
+
+
+def test_image_explorer_changes_a_picture_and_inpaints(pipe):
+    explorer = explore.ImageToImage(pipe, prompt=PROMPT, live=False)
+    explorer.restore({"steps": 4, "size": 64, "strength": 0.5})
+    explorer.start()
+    assert explorer.wait(30) and "no picture to change" in said(explorer)
+    explorer.image = Image.new("RGB", (90, 60), "red")
+    explorer.start()
+    assert explorer.wait(30) and explorer.shown.steps == 2
+    explorer.restore({"mask": "ellipse", "across": (0, 50), "down": (0, 50)})
+    assert "veiled where it is drawn anew (ellipse)" in explorer._before.value
+    explorer.start()
+    assert explorer.wait(30)
+    where = pixels(explorer.shown.data["mask"])
+    assert where[:32, :32].mean() > 150 and where[32:].max() == 0
+    explorer.restore({"mask": "uploaded"})
+    explorer.start()
+    assert explorer.wait(30) and "no mask yet" in said(explorer)
+    explorer._gallery.children[1].children[1].click()
+    assert explorer.inputs["mask"].value == "" and explorer.shown.steps == 2
+
+
+def test_schedule_explorer_draws_the_curve_before_the_pictures(pipe):
+    explorer = explore.Schedule(pipe, PROMPT, live=False)
+    explorer.inputs["shift"].value = 6.0
+    assert "Shift 6:" in explorer._curve.value
+    before = explorer._curve.value
+    explorer.restore({"steps": 3})
+    explorer.start()
+    assert explorer.wait(60) and said(explorer).startswith("Done")
+    assert explorer._curve.value != before and "Sigma over 3 steps" in explorer._curve.value
+
+
+def test_attention_explorer_follows_word_and_layer_without_drawing_again(pipe, calls):
+    explorer = explore.Attention(pipe, "a fox on blue", live=False)
+    explorer.restore({"steps": 2})
+    explorer.start()
+    assert explorer.wait(60)
+    drawn, seen = len(calls[0]), set()
+    for view, value in (("word", "fox"), ("layer", 2), ("step", 1), ("method", "concept")):
+        explorer.views[view].value = value
+        seen.add(explorer._map.value)
+    assert len(seen) == 4 and len(calls[0]) == drawn
+    assert "Where &#x27;fox&#x27; is looked at in layer 3" in explorer._map.value
+
+
+def test_only_core_widgets(pipe, with_lora):
+    made = [
+        *(kind(pipe, live=False) for kind in (explore.TextToImage, explore.ImageToImage, explore.Schedule)),
+        *(kind(pipe, live=False) for kind in (explore.Attention, explore.Encoders)),
+        explore.Lora(with_lora, live=False),
+        explore.page("nano"),
+    ]
+    made[0]._keep(drawing.Drawn(Image.new("RGB", (8, 8)), made[0].settings(), 1.0, 3, 3), made[0].settings())
+    kinds, without_name = set(), []
+    while made:
+        widget = made.pop()
+        kind = next(c for c in type(widget).__mro__ if c.__module__.startswith("ipywidgets"))
+        kinds.add(kind.__name__)
+        assert widget._model_module == "@jupyter-widgets/controls", widget
+        if not isinstance(widget, widgets.HTML | widgets.Box) and not widget.description:
+            without_name.append(widget)
+        made += getattr(widget, "children", ())
+    assert kinds == CORE and not without_name
+
+
+def test_the_functions_need_no_widgets(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "sd3kit.explore.explorers")
+    assert "text_to_image" in runpy.run_module("sd3kit.explore.drawing", run_name="without widgets")
+    with pytest.raises(ImportError, match="Schedule needs ipywidgets: pip install"):
+        explore.__getattr__("Schedule")
+    assert not any(capsys.readouterr())
+
+
+def test_the_page_is_served_on_this_machine_only_unless_told(monkeypatch, capsys):
+    app = pytest.importorskip("voila.app")
+    given = []
+    monkeypatch.setattr(app.Voila, "launch_instance", given.append)
+    assert serve.main(["--no-browser"]) == 0
+    assert "--Voila.ip=127.0.0.1" in given[0] and "without a password" not in capsys.readouterr().err
+    assert serve.main(["--ip", "0.0.0.0"]) == 0
+    assert "without a password" in capsys.readouterr().err
+    assert serve.PAGE.is_file() and serve.loopback("localhost") and not serve.loopback("192.168.1.2")

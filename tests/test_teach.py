@@ -1,0 +1,62 @@
+"""The teacher's commands: notebooks without solutions, and the benchmark of seats."""
+
+import json
+import re
+
+import lessons
+import nbformat
+import yaml
+
+from sd3kit import teach
+
+
+def test_strip_leaves_the_lessons_whole_but_for_their_solutions(tmp_path, capsys):
+    assert teach.main(["strip", str(lessons.FOLDER), "-o", str(tmp_path / "learners")]) == 0
+    written = sorted((tmp_path / "learners").glob("*.ipynb"))
+    assert [path.name for path in written] == [path.name for path in lessons.LESSONS]
+    assert capsys.readouterr().out.count(".ipynb") == len(written)
+    for before, after in (
+        (nbformat.read(a, 4), nbformat.read(b, 4)) for a, b in zip(lessons.LESSONS, written, strict=True)
+    ):
+        nbformat.validate(after)
+        assert lessons.solutions(before) and not lessons.solutions(after)
+        code = [[c.source for c in notebook.cells if c.cell_type == "code"] for notebook in (before, after)]
+        assert code[0] == code[1]
+        assert all(not c.outputs and c.execution_count is None for c in after.cells if c.cell_type == "code")
+        text = ["\n".join(c.source for c in n.cells if c.cell_type == "markdown") for n in (before, after)]
+        for heading in re.findall(r"^#+ .*$", text[0], re.MULTILINE):
+            assert heading in text[1]
+        assert text[0].count("<summary>Hint") == text[1].count("<summary>Hint")
+
+
+def test_strip_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "bad.ipynb").write_text("no notebook")
+    for source, out, words in (
+        (tmp_path / "none", tmp_path / "out", "no notebooks"),
+        (lessons.FOLDER, lessons.FOLDER, "holds the originals"),
+        (tmp_path, tmp_path / "out", "not a notebook"),
+    ):
+        assert teach.main(["strip", str(source), "-o", str(out)]) == 2
+        assert words in capsys.readouterr().err
+    assert teach.main(["seats", "--learners", "0"]) == 2
+
+
+def test_two_learners_draw_at_once(tmp_path, capsys):
+    out = tmp_path / "seats.jsonl"
+    assert teach.main(["seats", "--learners", "2", "--pictures", "1", "--out", str(out)]) == 0
+    [record] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["learners"] == record["n"] == 2
+    assert 0 < record["low"] <= record["seconds"] <= record["high"]
+    assert 10**8 < record["bytes"] <= record["bytes_high"] < 10**10
+    assert record["stamp"]["command"].startswith("python -m sd3kit.teach seats")
+    assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
+
+
+def test_the_values_file_for_kubernetes_is_whole():
+    path = lessons.FOLDER.parent / "docs" / "jupyterhub-values.yaml"
+    values = yaml.safe_load(path.read_text())
+    user = values["singleuser"]
+    assert user["storage"]["extraVolumeMounts"][0]["readOnly"] is True
+    assert user["extraEnv"]["HF_HUB_OFFLINE"] == "1"
+    names = [{volume["name"] for volume in user["storage"][key]} for key in ("extraVolumes", "extraVolumeMounts")]
+    assert names[0] == names[1]
