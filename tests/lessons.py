@@ -59,6 +59,7 @@ def main(numbers: list[str]) -> None:
             run(notebook, Path(folder))
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+        notebook.metadata.pop("widgets", None)  # a widget drawn again is alive; its stored state is large and is not
         notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
         notebook.metadata["language_info"] = {"name": "python"}
         notebook.metadata["sd3kit"] = {"fingerprint": fingerprint(notebook)}
