@@ -48,6 +48,18 @@ def solutions(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def without_widgets(notebook: nbformat.NotebookNode) -> None:
+    """Put a line in place of each widget: what is stored of one is large, and dead until its cell runs again."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
+                bar = "%|" in output.data["text/plain"]  # tqdm's, which has a text of its own
+                output.data = {
+                    "text/plain": output.data["text/plain"] if bar else "An explorer: run this cell to use it."
+                }
+
+
 def main(numbers: list[str]) -> None:
     import tempfile
 
@@ -59,7 +71,7 @@ def main(numbers: list[str]) -> None:
             run(notebook, Path(folder))
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
-        notebook.metadata.pop("widgets", None)  # a widget drawn again is alive; its stored state is large and is not
+        without_widgets(notebook)
         notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
         notebook.metadata["language_info"] = {"name": "python"}
         notebook.metadata["sd3kit"] = {"fingerprint": fingerprint(notebook)}
