@@ -49,15 +49,19 @@ def solutions(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def without_widgets(notebook: nbformat.NotebookNode) -> None:
-    """Put a line in place of each widget: what is stored of one is large, and dead until its cell runs again."""
+    """Put a line in place of each explorer, and nothing in place of progress bars, whose stored text is their start.
+
+    What is stored of a widget is large, and dead until its cell runs again.
+    """
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
-                bar = "%|" in output.data["text/plain"]  # tqdm's, which has a text of its own
-                output.data = {
-                    "text/plain": output.data["text/plain"] if bar else "An explorer: run this cell to use it."
-                }
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output for output in cell.outputs if "%|" not in output.get("data", {}).get("text/plain", "")
+            ]
+            for output in cell.outputs:
+                if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                    output.data = {"text/plain": "An explorer: run this cell to use it."}
 
 
 def main(numbers: list[str]) -> None:
