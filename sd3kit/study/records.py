@@ -49,7 +49,7 @@ def load(name: str, folder: Path = RESULTS) -> list[dict]:
     path = Path(folder) / f"{name}.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"No study {name!r} is stored: `python -m sd3kit.study {name}` measures it.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return measure.read(path)
 
 
 def run(name: str, study: Study, folder: Path = RESULTS) -> None:
