@@ -1,6 +1,7 @@
 # make lab    set up and open the first lesson in JupyterLab
 # make app    the quick-try page in a browser, for this machine only
 # make test   set up, run every test and execute every notebook from the installed wheel
+# make test-shapes   every lesson on small random models with the structure of SD3 Medium and 3.5 Medium
 # make notebooks   execute the lessons and store their outputs
 # make lint   what pre-commit checks
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip
 # With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
 
-.PHONY: lab app test notebooks lint clean
+.PHONY: lab app test test-shapes notebooks lint clean
 
 lab: $(VENV)/ready
 	$(PIP) install -q --no-deps -e .
@@ -23,6 +24,10 @@ app: $(VENV)/ready
 test: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .
 	$(BIN)/pytest $(PYTEST)
+
+test-shapes: $(VENV)/ready
+	$(PIP) install -q --no-deps --force-reinstall .
+	SD3KIT_TEST_SHAPES=1 $(BIN)/pytest tests/test_shapes.py $(PYTEST)
 
 notebooks: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .

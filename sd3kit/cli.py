@@ -1,35 +1,25 @@
-"""The command line: `sd3kit generate` draws, `check` says what this machine can run, `measure` measures it."""
+"""The command line: `sd3kit generate`, `check` (what this machine can run), `measure` and `reset`."""
 
 import argparse
-import errno
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from . import __version__, configs, measure
-from .loading import MODELS, LoadError, load, pick_device, pick_dtype, prompt_length, resolve
-
-
-class UserError(Exception):
-    """A wrong argument; the message is one sentence that says what to do."""
+from . import __version__, configs, generate, measure
+from .loading import MODELS, LoadError, pick_device, pick_dtype, resolve
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sd3kit", description="Learn Stable Diffusion 3, on a small real SD3.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    generate = commands.add_parser("generate", help="draw a picture of a prompt")
-    generate.add_argument("prompt", help='such as "a fox on a blue background"')
-    generate.add_argument("-o", "--output", type=Path, default=Path("sd3kit.png"), help="PNG or JPEG (%(default)s)")
-    generate.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
-    generate.add_argument("--negative", default="", metavar="PROMPT", help="what the picture should not show")
-    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (%(default)s)")
-    generate.add_argument("--steps", type=int, default=28, help="1 to 1000 (%(default)s)")
-    generate.add_argument("--guidance", type=float, default=7.0, help="1 to 20; 1 is none (%(default)s)")
-    generate.add_argument("--size", type=int, help="pixels of each side, divisible by 16 (the model's own)")
+    generate.add_parser(commands)
     commands.add_parser("check", help="what this machine has and what it can run")
     measure.add_parser(commands)
+    reset = commands.add_parser("reset", help="put a lesson back as it was published, and keep your copy")
+    reset.add_argument("lesson", help="how its name begins, such as 03")
+    reset.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the lessons are (%(default)s)")
     return top
 
 
@@ -37,73 +27,28 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.command == "generate":
-            generate(options)
+            generate.run(options)
         elif options.command == "measure":
             from . import bench  # imports what only measuring needs
 
             return bench.run(options)
+        elif options.command == "reset":
+            from .reset import reset
+
+            lesson, copy = reset(options.lesson, options.folder)
+            print(f"{lesson} is as it was published; yours is {copy}")
         else:
             check()
-    except (UserError, LoadError, measure.StudyError) as error:
+    except (generate.UserError, LoadError, measure.StudyError) as error:
         print(f"sd3kit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sd3kit: stopped; nothing was written.", file=sys.stderr)
+        print(
+            "sd3kit: stopped; finished pictures of a folder are kept, and the same command goes on.",
+            file=sys.stderr,
+        )
         return 130
     return 0
-
-
-def _validate(options: argparse.Namespace) -> None:
-    """Whatever can be wrong is said before a model is loaded."""
-    if not options.prompt.strip():
-        raise UserError('the prompt is empty: say what to draw, such as "a fox on a blue background".')
-    if not 1 <= options.steps <= 1000:
-        raise UserError(f"--steps must be 1 to 1000, not {options.steps}.")
-    if not 1 <= options.guidance <= 20:
-        raise UserError(f"--guidance must be 1 to 20, not {options.guidance:g}.")
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, not {options.seed}.")
-    if options.size is not None:
-        if options.size % 16 or options.size < 64:
-            near = max(64, round(options.size / 16) * 16)
-            raise UserError(f"--size must be divisible by 16 and at least 64, not {options.size}: try {near}.")
-        if resolve(options.model) == resolve("nano") and options.size > 256:
-            raise UserError(
-                f"nano draws up to 256 pixels, not {options.size}: give a smaller --size or another --model."
-            )
-    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"the output must end in .png or .jpg, not {options.output.name!r}.")
-    folder = options.output.parent
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: make it first, or give another -o.")
-    if not os.access(folder, os.W_OK) or options.output.is_dir():
-        raise UserError(f"{options.output} cannot be written: give another -o.")
-
-
-def generate(options: argparse.Namespace) -> None:
-    import torch
-
-    _validate(options)
-    pipe = load(options.model)
-    size = {} if options.size is None else {"width": options.size, "height": options.size}
-    image = pipe(
-        options.prompt,
-        negative_prompt=options.negative,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        generator=torch.Generator().manual_seed(options.seed),
-        max_sequence_length=prompt_length(pipe, options.prompt, options.negative),
-        **size,
-    ).images[0]
-    part = options.output.with_suffix(f".part{options.output.suffix}")
-    try:
-        image.save(part)
-        os.replace(part, options.output)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(f"{options.output} could not be written ({reason}): give another -o.") from error
-    print(options.output)
 
 
 def check() -> None:

@@ -1,6 +1,6 @@
 """The configurations of the real models, to build them at true size without a download.
 
-Read off the models' own configuration files on the Hub; `tests/test_configs.py` checks the parameter counts that
+Read off the models' own configuration files on the Hub; `tests/test_loading.py` checks the parameter counts that
 these give against the published ones. Nothing here holds weights.
 """
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import importlib.metadata
 import importlib.resources
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from . import configs
 
@@ -139,12 +141,18 @@ def _undisturbed(local: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The precision as an argument of diffusers' `from_pretrained`: before 0.40 `dtype` is ignored without a word."""
+    return {"dtype" if Version(importlib.metadata.version("diffusers")) >= Version("0.40.0") else "torch_dtype": dtype}
+
+
 def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
     try:
         with _undisturbed(local=Path(source).is_dir()):
             from diffusers import StableDiffusion3Pipeline
 
-            return StableDiffusion3Pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
+            kwargs = dtype_argument(dtype) | kwargs
+            return StableDiffusion3Pipeline.from_pretrained(source, use_safetensors=True, **kwargs)
     except Exception as error:
         sentence = explain(error, name, source)
         if sentence is None:

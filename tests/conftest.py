@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+        if item.get_closest_marker("shapes") and not os.environ.get("SD3KIT_TEST_SHAPES"):
+            item.add_marker(pytest.mark.skip(reason="runs every lesson twice more: `make test-shapes`, nightly"))
         if item.get_closest_marker("hub") and not os.environ.get("SD3KIT_TEST_HUB"):
             item.add_marker(
                 pytest.mark.skip(reason="needs the Hugging Face Hub: set SD3KIT_TEST_HUB=1 where there is one")

@@ -18,7 +18,7 @@ from PIL import Image
 
 import sd3kit
 from sd3kit import configs
-from sd3kit.dreambooth import DreamBoothError, Settings, data, hub, saving, settings, subject
+from sd3kit.dreambooth import DreamBoothError, Settings, benchmark, data, hub, saving, settings, subject
 from sd3kit.dreambooth import model as what_learns
 from sd3kit.dreambooth import train as training
 from sd3kit.dreambooth.__main__ import main
@@ -698,3 +698,27 @@ def test_trackers_are_those_that_are_asked_for(capsys, monkeypatch):
 
 def test_the_loop_is_read_in_one_sitting():
     assert len(Path(training.__file__).read_text().splitlines()) <= 400
+
+
+# --- the benchmark
+
+
+def test_the_benchmark_times_both_sides_and_says_what_did_not_run(tmp_path):
+    """The "script" here is our own command in a file: what the benchmark does with a file is what is tested."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom sd3kit.dreambooth.__main__ import main\nsys.exit(main())\n")
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no torchvision here')\n")
+    options = ["--steps=4", "--resolution=64", f"--out={tmp_path / 'records.jsonl'}"]
+    benchmark.SETS, whole = {"equal": benchmark.SETS["equal"]}, benchmark.SETS
+    try:
+        assert benchmark.main([*options, f"--script={script}"]) == 0
+        ours, theirs = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+        assert benchmark.main([*options, f"--script={broken}"]) == 0
+        failed = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[1])
+    finally:
+        benchmark.SETS = whole
+    assert ours["seconds"]["n"] == 2 and ours["seconds"]["median"] > 0
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and 0 < ours["loss"] < 2
+    assert ours["host_peak"] > 2**27
+    assert failed["failed"] == "no torchvision here"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sd3kit import study
-from sd3kit.study import drawing, records, training
+from sd3kit.study import drawing, records, teaching, training
 from sd3kit.study.__main__ import STUDIES, main
 from sd3kit.study.records import Study
 
@@ -130,3 +130,16 @@ def test_the_mean_of_the_samplers_is_right():
     assert training.SAMPLERS["uniform"](20_000).mean() == pytest.approx(0.5, abs=0.01)
     assert training.SAMPLERS["lognorm(0, 1)"](20_000).mean() == pytest.approx(0.5, abs=0.01)
     assert training.SAMPLERS["lognorm(1, 0.6)"](20_000).mean() > 0.65
+
+
+def test_dreambooth_measured_again_in_part():
+    stored, again = stored_row("dreambooth", change="base", seed=0), teaching.dreambooth({"change": "base", "seed": 0})
+    for name in ("our robot", "background", "others kept", "others turned into it"):
+        assert shares_agree(stored[name], again[name], again[name]["n"]), name
+
+
+def test_shuffled_captions_leave_no_picture_its_own(tmp_path):
+    mixed = teaching._pictures(tmp_path, shuffled=True, seed=1) / "metadata.jsonl"
+    rows = [json.loads(line) for line in mixed.read_text().splitlines()]
+    assert len(rows) == 5 and len({row["text"] for row in rows}) == 5
+    assert all(row["file_name"].removesuffix(".png") not in row["text"] for row in rows)

@@ -98,7 +98,7 @@ def quantized(settings: Settings, dtype: torch.dtype) -> dict[str, SD3Transforme
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     transformer = SD3Transformer2DModel.from_pretrained(
         loading.resolve(s.pretrained_model_name_or_path), subfolder="transformer", revision=s.revision,
-        variant=s.variant, quantization_config=how, dtype=dtype, use_safetensors=True,
+        variant=s.variant, quantization_config=how, use_safetensors=True, **loading.dtype_argument(dtype),
     )  # fmt: skip
     return {"transformer": transformer}
 

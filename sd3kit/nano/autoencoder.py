@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 
 from . import scenes
 from .art import SIZE, Art, draw, place, to_tensor
-from .training import Average, Budget, cosine, fast_dtype, save_whole
+from .training import Average, Budget, cosine, fast_dtype, restore_parts, save_parts
 
 CHANNELS = 16
 NOISE = 0.1  # deviation of the posterior, in units of the latents (whose own deviation is about 1)
@@ -124,10 +124,7 @@ def train(
     checkpoint = out / "vae.pt"
     crops = Crops(art, rng, device)
     mean, projection = fit_pca(to_tensor(crops.pool))
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
+    if state := restore_parts(kept, checkpoint):
         mean, projection = state["pca"]
         rng.seed(budget.steps)
     mean, projection = mean.to(device), projection.to(device)
@@ -155,8 +152,7 @@ def train(
             average.swap()
             budget.notes = {"loss": f"{loss.item():.4f}", "psnr": f"{psnr(vae, fresh).mean().item():.2f} dB"}
             average.swap()
-            state = {name: part.state_dict() for name, part in kept.items()}
-            save_whole(state | {"pca": (mean.cpu(), projection.cpu())}, checkpoint)
+            save_parts(kept, checkpoint, pca=(mean.cpu(), projection.cpu()))
     average.swap()
     return finish(vae.to("cpu"), art, out)
 

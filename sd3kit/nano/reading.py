@@ -19,7 +19,7 @@ from . import scenes
 from .art import CELL, SIZE, Art, cells
 from .pool import Pool, random_caption
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
-from .training import Average, Budget, cosine, save_whole
+from .training import Average, Budget, cosine, restore_parts, save_parts
 
 KINDS = ("single", "single", "sign", "pair", "count")
 WRITTEN = "abcdefghijklmnopqrstuvwxyz0123456789"  # what a cell may hold; number 0 is nothing
@@ -108,10 +108,7 @@ def train(
     optimizer = torch.optim.AdamW(groups(model, clip_rate, t5_rate), betas=(0.9, 0.98), weight_decay=0.05)
     kept = {"model": model, "average": average, "budget": budget, "optimizer": optimizer}
     checkpoint = work / "text.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
+    if restore_parts(kept, checkpoint):
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
     if budget.spent < minutes * 60:
@@ -131,8 +128,8 @@ def train(
             budget.notes = {name: f"{loss.item():.3f}" for name, loss in losses.items()}
             pool.renew(8, rng)
             if budget.steps % 200 == 199:
-                save_whole({name: part.state_dict() for name, part in kept.items()}, checkpoint)
-        save_whole({name: part.state_dict() for name, part in kept.items()}, checkpoint)
+                save_parts(kept, checkpoint)
+        save_parts(kept, checkpoint)
     average.swap()
     return text.eval().requires_grad_(False)
 

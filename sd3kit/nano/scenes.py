@@ -142,7 +142,9 @@ def random_text(rng: random.Random, spell: float = 0.5) -> str:
 
     def word() -> str:
         if rng.random() < spell:
-            return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, LONGEST)))
+            # mostly short: two or three letters are soon told apart, and longer words follow from them
+            length = min(rng.randint(1, LONGEST), rng.randint(1, LONGEST))
+            return "".join(rng.choice(string.ascii_lowercase) for _ in range(length))
         return rng.choice(WORDS)
 
     return " ".join(word() for _ in range(rng.choice((1, 1, 2))))

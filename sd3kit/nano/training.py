@@ -28,6 +28,21 @@ def save_whole(state: dict, path: Path) -> None:
     os.replace(part, path)
 
 
+def save_parts(parts: dict, path: Path, **more) -> None:
+    """Write a checkpoint of all that has a `state_dict`, and of `more`."""
+    save_whole({name: part.state_dict() for name, part in parts.items()} | more, path)
+
+
+def restore_parts(parts: dict, path: Path) -> dict | None:
+    """Load a checkpoint into its parts. Returns all that it holds, or None where there is none."""
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
 class _StaysFloat32(torch.Tensor):
     """A tensor that answers `bfloat16()` with a float32 copy of itself."""
 

@@ -1,6 +1,6 @@
 """Stored studies: the lessons' figures with intervals. `python -m sd3kit.study NAME` measures one again.
 
-`records` says how rows are stored and continued, `drawing` and `training` what is measured.
+`records` says how rows are stored and continued, `drawing`, `training` and `teaching` what is measured.
 """
 
 from .drawing import overlap

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from .drawing import STUDIES as DRAWING
 from .records import RESULTS, run
+from .teaching import STUDIES as TEACHING
 from .training import STUDIES as TRAINING
 
-STUDIES = DRAWING | TRAINING
+STUDIES = DRAWING | TRAINING | TEACHING
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,192 @@
+"""How fast and how large a training is: this package's command beside diffusers' own script, on the same pictures.
+
+    python -m sd3kit.dreambooth.benchmark --script examples/dreambooth/train_dreambooth_lora_sd3.py
+
+Two comparisons: `defaults`, each with its own, and `equal`, the same caching and checkpointing on both sides, so that
+one sees what the code is worth and what the settings are. Each training is a process of its own. Without `--script`
+only ours runs, and the record says so.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .. import measure
+from . import subject
+
+OURS = "sd3kit.dreambooth"
+SETS = {"defaults": [], "equal": ["--cache_latents", "--gradient_checkpointing"]}
+
+
+def inside(target: str, arguments: list[str], report: Path) -> None:
+    """Run a module or a script in this process, and write the time of each update and the peak memory to `report`.
+
+    The clock is a hook that torch calls after each step of any optimizer, so it needs nothing of what is measured.
+    """
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    times, cuda = [], torch.cuda.is_available()
+
+    def note(*_) -> None:
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(note)
+    sys.argv = [target, *arguments]
+    try:
+        if target.endswith(".py"):
+            sys.path.insert(0, str(Path(target).parent))
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if error.code:
+            raise
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    host = getattr(memory, "peak_wset", None) or _peak_resident()
+    found = {"updates": times, "host_peak": host, "device_peak": torch.cuda.max_memory_allocated() if cuda else None}
+    report.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _peak_resident() -> int:
+    """The largest resident memory of this process so far, in bytes (Linux and macOS)."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def run(target: str, arguments: list[str], loss: bool = True) -> dict:
+    """Train once in a process of its own.
+
+    Returns:
+        `seconds`: of an update, `measure`'s median and spread, the first left out; `device_peak` (None without a
+        GPU) and `host_peak` in bytes; `loss`: of what was saved, on noise that no training has seen. Or `failed` with
+        the process's last words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report, out = Path(folder) / "report.json", Path(folder) / "out"
+        words = ["--inside", target, "--report", str(report), "--", *arguments, f"--output_dir={out}"]
+        # one process, whatever launched this one
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        done = subprocess.run(
+            [sys.executable, "-m", __spec__.name, *words], env=environment, capture_output=True, text=True
+        )
+        if done.returncode or not report.exists():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            return {"failed": said[-1][:300] if said else f"exit code {done.returncode}"}
+        found = json.loads(report.read_text(encoding="utf-8"))
+        updates = found.pop("updates")
+        times = [b - a for a, b in itertools.pairwise(updates[1:])]
+        if not times:
+            return {"failed": "fewer than three updates: nothing to time"}
+        found["seconds"] = {"median": statistics.median(times), "low": min(times), "high": max(times), "n": len(times)}
+        return found | ({"loss": saved_loss(arguments, out)} if loss else {})
+
+
+def saved_loss(arguments: list[str], out: Path) -> float:
+    """The flow-matching loss on the pictures of the model with the LoRA that was saved, on fixed noise."""
+    import torch
+
+    from ..loading import load
+    from . import data
+    from .model import encode
+    from .settings import parse
+    from .train import flow_matching_loss, latents, noise_levels
+
+    settings = parse(arguments)
+    pipe = load(settings.pretrained_model_name_or_path, quiet=True)
+    pipe.load_lora_weights(str(out))
+    side = settings.resolution // pipe.vae_scale_factor
+    samples = data.Samples([data.instance_rows(settings)], settings, 99, (pipe.vae.config.latent_channels, side, side))
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    batch = data.collate([samples[n] for n in range(20)])
+    with torch.no_grad():
+        x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
+        sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
+        embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length)
+        x = ((1 - sigma) * x0 + sigma * noise).to(pipe.dtype)
+        velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
+    return flow_matching_loss(velocity, x0, noise, sigma).mean().item()
+
+
+def arguments(options: argparse.Namespace) -> list[str]:
+    """What both sides are given."""
+    from .. import loading
+
+    return [
+        f"--pretrained_model_name_or_path={loading.resolve(options.model)}",
+        f"--instance_data_dir={options.pictures}",
+        "--instance_prompt=a sks robot",
+        f"--resolution={options.resolution}",
+        f"--train_batch_size={options.batch}",
+        f"--max_train_steps={options.steps}",
+        f"--mixed_precision={options.precision}",
+        "--learning_rate=1e-3",
+        "--lr_warmup_steps=0",
+        "--num_validation_images=0",
+        "--seed=0",
+    ]
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sd3kit.dreambooth.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sd3.py of your own copy")
+    parser.add_argument("--model", default="nano", help="a name of sd3kit, a folder or a Hub id (%(default)s)")
+    parser.add_argument("--pictures", type=Path, default=subject.PICTURES, help="the folder (this project's five)")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels of a side (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures an update (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="updates of each training, at least 4 (%(default)s)")
+    parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="of both (%(default)s)")
+    parser.add_argument("--out", type=Path, help="write the records here, as JSON lines")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    if options.inside:
+        inside(options.inside, options.rest, options.report)
+        return 0
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4, not {options.steps}.")
+    if options.script and not options.script.is_file():
+        parser.error(f"there is no script {options.script}: give the path of diffusers' train_dreambooth_lora_sd3.py.")
+    records = []
+    for setting, more in SETS.items():
+        for name, target in (("sd3kit", OURS), ("diffusers' script", options.script)):
+            if target is None:
+                found = {"failed": "not run: --script names diffusers' script"}
+            else:
+                found = run(str(target), [*arguments(options), *more])
+            records.append({"settings": setting, "command": name} | found)
+            print(_line(records[-1]), flush=True)
+    if options.out:
+        stamp = {
+            "model": options.model, "resolution": options.resolution, "batch": options.batch, "steps": options.steps,
+            "precision": options.precision, "stamp": measure.stamp("python -m sd3kit.dreambooth.benchmark"),
+        }  # fmt: skip
+        options.out.write_text("".join(json.dumps(r | stamp) + "\n" for r in records), encoding="utf-8")
+    return 0
+
+
+def _line(record: dict) -> str:
+    title = f"{record['settings']:<10}{record['command']:<20}"
+    if "failed" in record:
+        return f"{title}{record['failed']}"
+    seconds, memory = record["seconds"]["median"], record["device_peak"] or record["host_peak"]
+    return f"{title}{seconds:.3f} s an update, peak {memory / 2**20:.0f} MiB, loss {record['loss']:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The study of lesson 06: what DreamBooth on nano teaches, and what it spoils, under one change at a time."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..dreambooth import subject
+from ..dreambooth.model import ATTENTION
+from ..loading import load
+from ..measure import share
+from ..nano.evaluate import pictures
+from .drawing import tools
+from .records import Study, mean
+
+BASE = dict(
+    pretrained_model_name_or_path="nano",
+    instance_prompt="a sks robot",
+    caption_column="text",
+    resolution=128,
+    max_sequence_length=20,
+    train_batch_size=5,
+    max_train_steps=100,
+    learning_rate=4e-3,
+    lr_scheduler="cosine",
+    lr_warmup_steps=5,
+    rank=16,
+    lora_layers=",".join([*ATTENTION, "ff.net.0.proj", "ff.net.2"]),
+    cache_latents=True,
+    report_to="none",
+)
+FULL = dict(full_finetuning=True, lora_layers=None, learning_rate=1e-3)
+PRIOR = dict(with_prior_preservation=True, class_prompt="a robot", num_class_images=10, sample_batch_size=10)
+# One change to BASE each; a caption that does not belong to its picture is made in the folder, see `_pictures`.
+CHANGES: dict[str, dict] = {
+    "before": {"max_train_steps": None},
+    "base": {},
+    "rank 2": {"rank": 2},
+    "rank 64": {"rank": 64},
+    "attention alone": {"lora_layers": None},
+    "30 steps": {"max_train_steps": 30},
+    "300 steps": {"max_train_steps": 300},
+    "rate 1e-3": {"learning_rate": 1e-3},
+    "rate 1.6e-2": {"learning_rate": 1.6e-2},
+    "prior preservation": PRIOR,
+    "in full": FULL,
+    "captions shuffled": {},
+    "sigma squared in the loss": {"precondition_outputs": 1},
+}
+COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the five pictures
+OTHERS = ("robot", "fox", "panda", "rocket", "mushroom", "star")
+
+
+def prompts(count: int) -> tuple[list[str], list[str]]:
+    """So many prompts of the new subject on new backgrounds, and as many of other subjects."""
+    new = [f"a sks robot on a {COLOURS[i % 6]} background" for i in range(count)]
+    others = [f"a {OTHERS[i % 6]} on a {COLOURS[(i + i // 6) % 6]} background, flat" for i in range(count)]
+    return new, others
+
+
+@functools.cache
+def before(count: int) -> list[np.ndarray]:
+    """The other subjects as nano draws them untaught."""
+    return [np.asarray(image, np.float32) for image in pictures(tools()[0], prompts(count)[1], num_inference_steps=14)]
+
+
+def taught(change: str, seed: int, folder: Path, **more):
+    """The pipeline after a training with one change; its result is written to `folder`/out.
+
+    nano itself is not changed: a LoRA is loaded into a pipeline of its own.
+    """
+    options = BASE | CHANGES[change] | more
+    if options["max_train_steps"] is None:
+        return load("nano", quiet=True)
+    options |= dict(
+        instance_data_dir=_pictures(folder, shuffled=change == "captions shuffled", seed=seed),
+        class_data_dir=folder / "class",
+        output_dir=folder / "out",
+        checkpointing_steps=10_000,
+        seed=seed,
+    )
+    words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items() if v is not None]
+    # a process of its own, without the variables of a launcher that spreads the rows
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "sd3kit.dreambooth", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    if options.get("full_finetuning"):
+        return load(folder / "out", quiet=True)
+    pipe = load("nano", quiet=True)
+    pipe.load_lora_weights(folder / "out")
+    return pipe
+
+
+def _pictures(folder: Path, shuffled: bool, seed: int) -> Path:
+    """A copy of the five pictures; `shuffled` gives each picture the caption of another."""
+    copy = folder / "pictures"
+    shutil.copytree(subject.PICTURES, copy)
+    if shuffled:
+        table = copy / "metadata.jsonl"
+        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+        order = list(range(len(rows)))
+        random.Random(seed).shuffle(order)
+        # a cycle, so that no picture keeps its own
+        for i, j in zip(order, order[1:] + order[:1], strict=True):
+            rows[i] = rows[i] | {"caption": rows[j]["text"]}
+        lines = [json.dumps({"file_name": row["file_name"], "text": row["caption"]}) + "\n" for row in rows]
+        table.write_text("".join(lines), encoding="utf-8")
+    return copy
+
+
+def dreambooth(row: dict, count: int = 18, **more) -> dict:
+    """What was learnt (our robot, on the background asked for) and what was lost (other subjects), by nano's judge."""
+    judge = subject.judge()
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = taught(row["change"], row["seed"], Path(folder), **more)
+    new, others = prompts(count)
+    drawn, rest = (pictures(pipe, asked, num_inference_steps=14) for asked in (new, others))
+    kept = [judge.subject(image) for image in rest]
+    return {
+        "our robot": share([subject.is_robot(judge, image) for image in drawn]),
+        "background": share(
+            [f" {judge.background(image)} " in prompt for image, prompt in zip(drawn, new, strict=True)]
+        ),
+        "others kept": share([k is not None and k[0] in p.split() for k, p in zip(kept, others, strict=True)]),
+        "others turned into it": share([subject.is_robot(judge, image) for image in rest]),
+        "drift": mean([_change(a, b) for a, b in zip(rest, before(count), strict=True)]),
+    }
+
+
+def _change(image: Image.Image, earlier: np.ndarray) -> float:
+    """The mean absolute difference of two pictures, of 255."""
+    return float(np.abs(np.asarray(image, np.float32) - earlier).mean())
+
+
+STUDIES = {
+    "dreambooth": Study(
+        "what DreamBooth on nano teaches and spoils, one change at a time, 3 seeds",
+        [{"change": "before", "seed": 0}]
+        + [{"change": change, "seed": seed} for seed in range(3) for change in CHANGES if change != "before"],
+        dreambooth,
+    )
+}
