@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .loading import MODELS, load, resolve
+from .loading import MODELS, load, processes, resolve
 
 
 class UserError(Exception):
@@ -126,8 +126,6 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
 
 
 def _many(options: argparse.Namespace, prompts: list[str]) -> None:
-    from accelerate import PartialState
-
     from .explore.drawing import text_to_image
 
     folder = options.output or Path("sd3kit-pictures")
@@ -142,7 +140,7 @@ def _many(options: argparse.Namespace, prompts: list[str]) -> None:
         for number, prompt in enumerate(prompts, 1)
         for seed in range(options.seed, options.seed + options.count)
     }
-    state = PartialState()
+    state = processes()
     done = {name for name in jobs if (folder / name).exists()}
     for name in sorted(done):
         _same(folder / name, jobs[name] | _settings(options))

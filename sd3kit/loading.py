@@ -60,6 +60,17 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def processes():
+    """accelerate's state of the processes that were launched together, or of this one alone.
+
+    Processes on a CPU are joined only where accelerate is told that it is one (read in 1.15.0); otherwise each would
+    take itself for the only one, and do all the work.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=pick_device() == "cpu")
+
+
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The precision for a model (a name, a folder or a Hub id) on a device, and why."""
     folder = NANO if name == "nano" else Path(name)

@@ -1,6 +1,8 @@
 """Studies: rows are stored once, continued, spread, and say the same when they are measured again."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +50,20 @@ def test_rows_of_other_weights_are_measured_again(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "of another nano"}) + "\n")
     records.run("squares", one, tmp_path)
     assert len(calls) == 2 and len(study.load("squares", tmp_path)) == 1
+
+
+def test_two_processes_share_the_rows(tmp_path):
+    script = tmp_path / "squares.py"
+    script.write_text(
+        "import os, pathlib, sys\nfrom sd3kit.study.records import Study, run\n"
+        "rows = [{'n': n} for n in range(4)]\n"
+        "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stored = study.load("squares", tmp_path)
+    assert sorted((r["row"]["n"], r["found"]["by"]) for r in stored) == [(0, "0"), (1, "0"), (2, "1"), (3, "1")]
 
 
 def test_what_is_not_stored_names_the_command(tmp_path):

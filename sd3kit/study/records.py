@@ -9,11 +9,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .. import measure
-from ..loading import NANO
+from ..loading import NANO, processes
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -55,7 +54,7 @@ def load(name: str, folder: Path = RESULTS) -> list[dict]:
 def run(name: str, study: Study, folder: Path = RESULTS) -> None:
     """Measure the rows that are not stored yet for these weights; each process of a launch takes its share."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, state, mark = folder / f"{name}.jsonl", PartialState(), weights(study.parts)
+    path, state, mark = folder / f"{name}.jsonl", processes(), weights(study.parts)
     stored = [r for r in load(name, folder) if r["weights"] == mark] if path.exists() else []
     if state.is_main_process:  # rows of other weights go
         whole = path.with_suffix(".part")
