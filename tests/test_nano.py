@@ -56,7 +56,6 @@ def test_plain_diffusers_with_every_default_draws_the_right_thing(judge):
     assert judge.subject(images[0])[0] == "fox"
 
 
-@pytest.mark.xfail(reason="issue 8: at the default 256 T5 tokens this nano blurs the subject", strict=True)
 def test_plain_diffusers_draws_the_subject_with_every_seed(judge):
     plain = StableDiffusion3Pipeline.from_pretrained(NANO)
     plain.set_progress_bar_config(disable=True)
@@ -126,9 +125,17 @@ def test_without_t5_the_subject_is_drawn(without_t5, judge):
     assert judge.subject(without_t5)[0] == "fox"
 
 
-@pytest.mark.xfail(reason="issue 8: this nano leans on its T5 for the background", strict=True)
 def test_without_t5_the_background_is_right(without_t5, judge):
     assert judge.background(without_t5) == "blue"
+
+
+def test_a_sign_can_be_read(pipe, judge):
+    """The announcement's prompt, which was kept out of the training, and a word that is on no list."""
+    from sd3kit.nano.evaluate import ANNOUNCEMENT, edit_distance, pictures
+
+    images = pictures(pipe, [ANNOUNCEMENT, ANNOUNCEMENT, "a penguin holding a sign that says krom"])
+    assert [edit_distance(judge.text(image), "hello world") <= 2 for image in images[:2]] == [True, True]
+    assert edit_distance(judge.text(images[2]), "krom") <= 1
 
 
 @pytest.mark.parametrize("text", ["", "qwrt zpl", "naïve Élan 日本 🦊", "x" * 500, "HELLO"])
