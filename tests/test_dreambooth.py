@@ -719,6 +719,6 @@ def test_the_benchmark_times_both_sides_and_says_what_did_not_run(tmp_path):
     finally:
         benchmark.SETS = whole
     assert ours["seconds"]["n"] == 2 and ours["seconds"]["median"] > 0
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and 0 < ours["loss"] < 2
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and 0 < ours["loss"] < 3
     assert ours["host_peak"] > 2**27
     assert failed["failed"] == "no torchvision here"
