@@ -361,18 +361,26 @@ def image_to_image(
         prompt=prompt, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance, shift=shift,
         size=size, strength=strength,
     ))  # fmt: skip
-    start = square(image, settings["size"])
+    given = {"image": square(image, settings["size"])}
+    drawn = _draw_over(StableDiffusion3Img2ImgPipeline, pipe, given, settings, watch, stop)
+    drawn.data |= given
+    return drawn
+
+
+def _draw_over(
+    kind: type, pipe, given: dict[str, Image.Image], settings: dict[str, Any], watch: Watch | None,
+    stop: threading.Event | None,
+) -> Drawn:  # fmt: skip
+    """Draw with a pipeline of another kind, built from the parts, that takes the given pictures too."""
 
     def call(arguments: dict) -> Image.Image:
-        change = StableDiffusion3Img2ImgPipeline(**pipe.components)
+        change = kind(**pipe.components)
         change.set_progress_bar_config(disable=True)
         side = settings["size"]
-        arguments |= {"image": start, "strength": strength, "width": side, "height": side}
-        return change(prompt, negative_prompt=negative_prompt, **arguments).images[0]
+        arguments |= given | {"strength": settings["strength"], "width": side, "height": side}
+        return change(settings["prompt"], negative_prompt=settings["negative_prompt"], **arguments).images[0]
 
-    drawn = _draw(pipe, settings, watch, stop, call)
-    drawn.data["image"] = start
-    return drawn
+    return _draw(pipe, settings, watch, stop, call)
 
 
 def mask(
@@ -444,13 +452,8 @@ def inpaint(
     if where.getextrema()[1] < 128:
         raise ValueError("The mask is empty: white is what is drawn anew.")
 
-    def call(arguments: dict) -> Image.Image:
-        change = StableDiffusion3InpaintPipeline(**pipe.components)
-        change.set_progress_bar_config(disable=True)
-        arguments |= {"image": start, "mask_image": where, "strength": strength, "width": side, "height": side}
-        return change(prompt, negative_prompt=negative_prompt, **arguments).images[0]
-
-    drawn = _draw(pipe, settings, watch, stop, call)
+    given = {"image": start, "mask_image": where}
+    drawn = _draw_over(StableDiffusion3InpaintPipeline, pipe, given, settings, watch, stop)
     drawn.data |= {"image": start, "mask": where}
     return drawn
 
