@@ -71,6 +71,11 @@ def processes():
     return PartialState(cpu=pick_device() == "cpu")
 
 
+def environment_alone() -> dict[str, str]:
+    """This process's environment for one that is started from it and is no part of a launch."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The precision for a model (a name, a folder or a Hub id) on a device, and why."""
     folder = NANO if name == "nano" else Path(name)

@@ -10,7 +10,6 @@ only ours runs, and the record says so.
 import argparse
 import itertools
 import json
-import os
 import runpy
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 from .. import measure
+from ..loading import environment_alone
 from . import subject
 
 OURS = "sd3kit.dreambooth"
@@ -79,10 +79,8 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report, out = Path(folder) / "report.json", Path(folder) / "out"
         words = ["--inside", target, "--report", str(report), "--", *arguments, f"--output_dir={out}"]
-        # one process, whatever launched this one
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, *words], env=environment, capture_output=True, text=True
+            [sys.executable, "-m", __spec__.name, *words], env=environment_alone(), capture_output=True, text=True
         )
         if done.returncode or not report.exists():
             said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -10,6 +10,7 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
    levels are uniform, or the lowest, which draw the edges, would hardly be seen.
 4. *Short text most of the time.* A caption has about fifteen tokens and the pipeline pads it to 77 + 256; training at
    full length all the time would cost three times as much, and a little of it at the end is enough.
+5. *Letters that count*: see `LETTERS`. Without that weight, and with long words from the start, they were not heard.
 """
 
 import copy

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from PIL import Image
 
 from ..dreambooth import subject
 from ..dreambooth.model import ATTENTION
-from ..loading import load
+from ..loading import environment_alone, load
 from ..measure import share
 from ..nano.evaluate import pictures
 from .drawing import tools
@@ -88,10 +87,8 @@ def taught(change: str, seed: int, folder: Path, **more):
         seed=seed,
     )
     words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items() if v is not None]
-    # a process of its own, without the variables of a launcher that spreads the rows
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "sd3kit.dreambooth", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment_alone(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     if options.get("full_finetuning"):
