@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from .. import measure
 from ..loading import NANO, LoadError, load, pick_device
 from . import autoencoder, evaluate, flow, reading, scenes
 from .art import Art, ArtError
 from .judge import Judge, save_templates
+from .text import Text
 
 CARD = NANO / "README.md"
 RECORD = NANO / "evaluation.json"
@@ -24,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
     train.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
     train.add_argument("--out", type=Path, default=NANO, help="where the finished pipeline goes (%(default)s)")
+    train.add_argument("--start", type=Path, help="a finished pipeline: its autoencoder and text encoders stay, and its "
+                       "transformer learns on")  # fmt: skip
     train.add_argument("--subjects", type=int, default=32, help="how many of the subjects (%(default)s)")
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
@@ -59,12 +62,23 @@ def train(options: argparse.Namespace) -> int:
     if not 2 <= options.subjects <= len(scenes.SUBJECTS):
         print(f"error: --subjects must be 2 to {len(scenes.SUBJECTS)}, not {options.subjects}", file=sys.stderr)
         return 2
-    art = Art(options.work)
-    if not (options.work / "vae").exists():
-        autoencoder.train(art, options.work, options.vae_minutes, device=options.device)
-    vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
-    text = reading.train(art, vae, options.work, options.text_minutes, device=options.device)
-    flow.train(art, vae, text, options.work, options.out, options.flow_minutes, options.subjects, device=options.device)
+    if options.start and not (options.start / "model_index.json").exists():
+        print(f"error: --start: {options.start} is no pipeline's folder (no model_index.json there).", file=sys.stderr)
+        return 2
+    art, transformer = Art(options.work), None
+    if options.start:
+        vae = AutoencoderKL.from_pretrained(options.start / "vae", use_safetensors=True).float()
+        text = Text.from_pipeline(options.start)
+        transformer = SD3Transformer2DModel.from_pretrained(options.start / "transformer", use_safetensors=True).float()
+    else:
+        if not (options.work / "vae").exists():
+            autoencoder.train(art, options.work, options.vae_minutes, device=options.device)
+        vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
+        text = reading.train(art, vae, options.work, options.text_minutes, device=options.device)
+    flow.train(
+        art, vae, text, options.work, options.out, options.flow_minutes, options.subjects,
+        start=transformer, device=options.device,
+    )  # fmt: skip
     save_templates(art, options.subjects, options.out / "templates.webp")
     held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
     (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")

@@ -105,6 +105,7 @@ def train(
     minutes: float,
     subjects: int,
     *,
+    start: SD3Transformer2DModel | None = None,
     device: str = "cpu",
     rate: float = 1.5e-3,
     muon_rate: float = 0.02,
@@ -115,12 +116,15 @@ def train(
     """Train for `minutes` on the first so many subjects and save the pipeline to `out`.
 
     Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
-    finished one is widened. The autoencoder and the text encoders stay as they are.
+    finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
+    autoencoder and the text encoders stay as they are.
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     torch.manual_seed(seed)
     vae = vae.to(device).eval().requires_grad_(False)
     text, model = text.to(device), transformer().to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     average, budget = Average(list(model.parameters()), 0.998), Budget(minutes, "flow")
     adamw, muon = optimizers(model, rate, muon_rate)
     kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}

@@ -168,6 +168,15 @@ class Text(torch.nn.Module):
         self.text_encoder_2 = clip(CLIP_WIDTHS[1], self.tokenizers[1], "gelu")
         self.text_encoder_3 = t5(self.tokenizers[2])
 
+    @classmethod
+    def from_pipeline(cls, folder: Path) -> "Text":
+        """The trained encoders of a pipeline's folder, in float32."""
+        text = cls(folder)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            kind = type(getattr(text, name))
+            setattr(text, name, kind.from_pretrained(folder / name, use_safetensors=True).float())
+        return text.eval().requires_grad_(False)
+
     def longest(self, prompts: list[str]) -> tuple[int, int]:
         """How many tokens the longest prompt has for the CLIPs and for the T5; at most 77 and 256."""
         clip, t5 = (
