@@ -21,7 +21,7 @@ import torch
 import torch._inductor.config
 
 from . import configs, loading, measure
-from .account import GIB, RESULTS, peaks
+from .account import GIB, peaks
 from .measure import StudyError
 from .recipes import RECIPES, Recipe
 from .speedups import INDUCTOR_FLAGS, SPEEDUPS
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         raise StudyError(f"--size must be divisible by 16 and at least 64, not {options.size}.")
     if options.cap_gb is not None and (not torch.cuda.is_available() or options.cap_gb <= 0):
         raise StudyError("--cap-gb needs a CUDA device and a positive size: without one there is nothing to cap.")
-    out = options.out or RESULTS / f"{options.study}.jsonl"
+    out = options.out or measure.RESULTS / f"{options.study}.jsonl"
     if not out.parent.is_dir():
         raise StudyError(f"there is no folder {out.parent}: make it first, or give another --out.")
     records = account(options, chosen, out) if options.study == "bytes" else measured(options, chosen, out)

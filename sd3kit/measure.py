@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 
 from .loading import MODELS
 
+RESULTS = Path(__file__).parent / "results"  # the records that the lessons draw
+
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% Wilson interval (low, high), in 0..1, of a share that was `right` times in `total`.

@@ -127,7 +127,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_stored_bytes_are_recomputed():
-    stored = {r["row"]: r for r in measure.read(account.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    stored = {r["row"]: r for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
     assert set(stored) == set(RECIPES)
     for name in ("model_offload_without_t5", "without_t5"):  # without the T5: quick to build
         again = account.peaks("medium", name)
@@ -135,14 +135,14 @@ def test_stored_bytes_are_recomputed():
 
 
 def test_the_accounting_explains_the_announcements_peaks():
-    stored = {r["row"]: r for r in measure.read(account.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
-    published = {r["row"]: r for r in measure.read(account.RESULTS / "published.jsonl")}
+    stored = {r["row"]: r for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    published = {r["row"]: r for r in measure.read(measure.RESULTS / "published.jsonl")}
     for name, tolerance in [("model_offload", 0.01), ("model_offload_without_t5", 0.03), ("default", 0.07)]:
         assert stored[name]["device"] / account.GIB == pytest.approx(published[name]["printed_gb"], rel=tolerance)
 
 
 def test_smaller_weights_and_fewer_parts_need_less():
-    stored = {r["row"]: r["device"] for r in measure.read(account.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    stored = {r["row"]: r["device"] for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
     order = ["sequential_offload", "model_offload_without_t5", "model_offload", "t5_nf4", "t5_int8", "default"]
     peaks = [stored[name] for name in order]
     assert peaks == sorted(peaks)
@@ -368,6 +368,6 @@ def test_distance_is_in_levels():
 
 
 def test_stored_records_are_whole():
-    for path in account.RESULTS.glob("*.jsonl"):
+    for path in measure.RESULTS.glob("*.jsonl"):
         for record in measure.read(path):
             assert record.get("row") and json.dumps(record)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from sd3kit.loading import NANO
 from sd3kit.nano import __main__ as command
 from sd3kit.nano import art as art_module
 from sd3kit.nano import autoencoder, evaluate, flow, reading, scenes, text, training
@@ -90,6 +91,25 @@ def test_the_recipe_learns_continues_and_saves_a_pipeline(art, vae, tmp_path, mo
     assert again["budget"]["spent"] == pytest.approx(0.12 * 60, abs=3)
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
     assert pipe("a fox", num_inference_steps=1, max_sequence_length=16).images[0].size == (128, 128)
+
+
+def test_a_training_can_start_from_a_finished_pipeline(art, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4),))
+    monkeypatch.setattr(command, "Art", lambda folder: art)
+    here = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert command.main(["train", *here, "--start", str(NANO), "--subjects", "4", "--flow-minutes", "0.02"]) == 0
+    old, new = (StableDiffusion3Pipeline.from_pretrained(folder) for folder in (NANO, tmp_path / "out"))
+    for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        for one, other in zip(getattr(old, name).parameters(), getattr(new, name).parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+    # a step or two away from where it started, and far from new weights
+    one, other = (pipe.transformer.transformer_blocks[0].attn.to_q.weight for pipe in (old, new))
+    assert 0 < (one - other).norm() < 0.5 * one.norm()
+
+
+def test_a_start_that_is_no_pipeline_is_refused(tmp_path, capsys):
+    assert command.main(["train", "--work", str(tmp_path), "--start", str(tmp_path)]) == 2
+    assert "no pipeline's folder" in capsys.readouterr().err
 
 
 def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, tmp_path, monkeypatch):

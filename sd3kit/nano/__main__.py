@@ -25,8 +25,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
     train.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
     train.add_argument("--out", type=Path, default=NANO, help="where the finished pipeline goes (%(default)s)")
-    train.add_argument("--start", type=Path, help="a finished pipeline: its autoencoder and text encoders stay, and its "
-                       "transformer learns on")  # fmt: skip
+    train.add_argument("--start", type=Path, help="a finished pipeline, whose transformer learns on, the rest stays")
     train.add_argument("--subjects", type=int, default=32, help="how many of the subjects (%(default)s)")
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")

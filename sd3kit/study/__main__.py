@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from .. import measure
 from .drawing import STUDIES as DRAWING
-from .records import RESULTS, run
+from .records import run
 from .teaching import STUDIES as TEACHING
 from .training import STUDIES as TRAINING
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the records (%(default)s)")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="the folder of the records (%(default)s)")
     options = parser.parse_args(arguments)
     for name in options.names:
         run(name, STUDIES[name], options.out)

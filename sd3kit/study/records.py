@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 from .. import measure
 from ..loading import NANO, processes
 
-RESULTS = Path(__file__).parent.parent / "results"
-
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -39,7 +37,7 @@ def weights(parts: Sequence[str], folder: Path = NANO) -> str:
     return digest.hexdigest()[:12]
 
 
-def load(name: str, folder: Path = RESULTS) -> list[dict]:
+def load(name: str, folder: Path = measure.RESULTS) -> list[dict]:
     """The stored rows of a study, each with its conditions, figures and stamp.
 
     Raises:
@@ -51,7 +49,7 @@ def load(name: str, folder: Path = RESULTS) -> list[dict]:
     return measure.read(path)
 
 
-def run(name: str, study: Study, folder: Path = RESULTS) -> None:
+def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
     """Measure the rows that are not stored yet for these weights; each process of a launch takes its share."""
     folder.mkdir(parents=True, exist_ok=True)
     path, state, mark = folder / f"{name}.jsonl", processes(), weights(study.parts)
