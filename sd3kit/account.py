@@ -59,11 +59,12 @@ def _built(model: str, part: str) -> torch.nn.Module:
         return build().to(torch.float16).eval()
 
 
-def weights(model: str, part: str, bits: int = 16) -> int:
+def weights(model: str, part: str, bits: int = 16, every_linear: bool = False) -> int:
     """Bytes of a part's weights and buffers in float16, its linear layers at so many stored bits.
 
     The T5's `wo` layers stay in float32 and are not quantised: transformers says so (`_keep_in_fp32_modules`), since
-    they overflow in float16. Scales of quantised layers, below 2%, are left out.
+    they overflow in float16; torchao quantises them all the same (`every_linear`). Scales of quantised layers, below
+    2%, are left out.
     """
     module, total = _part(model, part), 0
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
@@ -72,7 +73,7 @@ def weights(model: str, part: str, bits: int = 16) -> int:
         own = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if id(t) not in seen]
         seen.update(map(id, own))
         count = sum(tensor.numel() for tensor in own)
-        if name.rpartition(".")[2] in kept:
+        if name.rpartition(".")[2] in kept and not (every_linear and bits < 16):
             total += 4 * count
         elif bits < 16 and isinstance(layer, torch.nn.Linear) and own:
             total += layer.weight.numel() * bits // 8 + (count - layer.weight.numel()) * 2
@@ -142,7 +143,7 @@ def peaks(model: str = "medium", recipe: str = "default", size: int = 1024) -> d
         raise ValueError(f"There is no model {model!r} to account: use one of {', '.join(configs.TRANSFORMER)}.")
     plan = RECIPES[recipe]
     parts = [part for part in PARTS if part not in plan.without]
-    held = {part: weights(model, part, plan.bits.get(part, 16)) for part in parts}
+    held = {part: weights(model, part, plan.bits.get(part, 16), plan.every_linear) for part in parts}
     alive = {part: activations(model, part, size // (plan.tiles if part == "vae" else 1)) for part in parts}
     on_device = {part: _resident(plan, model, part, held) + alive[part] for part in parts}
     stage = max(on_device, key=on_device.get)
@@ -156,6 +157,9 @@ def _resident(plan: Recipe, model: str, part: str, held: dict[str, int]) -> int:
     if plan.keeps == "stage":
         encoding = part in ENCODERS
         return sum(size for name, size in held.items() if (name in ENCODERS) == encoding)
+    if plan.keeps == "rest":
+        rest = sum(size for name, size in held.items() if name not in ENCODERS)
+        return rest + (_largest_layer(model, part) if part in ENCODERS else 0)
     if plan.keeps == "part":
         # the negative prompt is encoded after the prompt: the T5 is still there when the CLIPs run again
         return held[part] + (held.get("text_encoder_3", 0) if part in ("text_encoder", "text_encoder_2") else 0)
@@ -232,8 +236,13 @@ def fit(gpu_gb: float, ram_gb: float, model: str = "medium", records: list[dict]
             f"{least:.1f} and {ram:.1f}, not together): use nano, or a larger machine such as a free Colab T4."
         )
     measured = [f for f in fits.values() if f.seconds is not None]
-    # without a time, what keeps most on the GPU has least to move
-    best = min(measured, key=lambda f: f.seconds) if measured else max(fits.values(), key=lambda f: f.gpu_gb)
+    # without a time, what keeps most on the GPU has least to move; where that is equal, what moves in larger pieces
+    pieces = ("leaf", "block", "part", "rest", "stage", "all")
+    best = (
+        min(measured, key=lambda f: f.seconds)
+        if measured
+        else max(fits.values(), key=lambda f: (round(f.gpu_gb, 2), pieces.index(RECIPES[f.recipe].keeps)))
+    )
     untimed = tuple(n for n, f in fits.items() if f.seconds is None and f is not best)
     return dataclasses.replace(best, untimed=untimed)
 

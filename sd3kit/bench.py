@@ -24,7 +24,7 @@ from . import configs, loading, measure
 from .account import GIB, peaks
 from .measure import StudyError
 from .recipes import RECIPES, Recipe
-from .speedups import INDUCTOR_FLAGS, SPEEDUPS
+from .speedups import COMPILED, INDUCTOR_FLAGS, SPEEDUPS
 
 # One a call, so that ten calls give the times and the share of right pictures too.
 PROMPTS = (
@@ -89,7 +89,7 @@ def account(options: argparse.Namespace, chosen: list[str], out: Path) -> list[d
 
 def measured(options: argparse.Namespace, chosen: list[str], out: Path) -> list[dict]:
     """The rows of the memory or of the speed study, measured here."""
-    name = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
+    name = options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
     device = loading.pick_device()
     with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
         source = loading.resolve(name)
@@ -210,16 +210,22 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.empty_cache()
         speed = self.options.study == "speed"
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         pipe, inputs = self.make(RECIPES["default"] if speed else RECIPES[name])
+        # a recipe that encodes the prompts first has its peak there
+        building = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         precision, inductor = torch.get_float32_matmul_precision(), torch._inductor.config
         torch._dynamo.reset()
         try:
             # what a speed-up sets for the whole process is put back after its row
             with inductor.patch({flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}):
                 extra = SPEEDUPS[name](pipe) if speed else {}
-                if speed and not name.startswith(("compiled", "cuda_graphs")):  # some do less work: their own floor
-                    counted = measure.count(lambda: self.draw(pipe, 0, **extra), _modules(pipe), self.device)
-                return self._figures(pipe, inputs, extra, reference, counted)
+                less = name not in COMPILED if speed else bool(inputs or RECIPES[name].without)
+                if less:  # what does less work has a floor of its own
+                    counted = measure.count(lambda: self.draw(pipe, 0, inputs, **extra), _modules(pipe), self.device)
+                figures = self._figures(pipe, inputs, extra, reference, counted)
+                return figures | {"device_peak": max(figures["device_peak"], building)}
         finally:
             torch.set_float32_matmul_precision(precision)
 
@@ -281,5 +287,6 @@ def table(records: list[dict], study: str) -> str:
         else:
             figures = f"{r['median']:8.3f} s ({r['low']:.3f} to {r['high']:.3f}), floor {r['floor']:.3f} s, "
             figures += f"peak {r['device_peak'] / GIB:.3f} GiB, distance {r['distance']:.1f}"
+            figures += f", right {r['right']['share']:.0%}" if "right" in r else ""
         lines.append(f"{r['model'] + ' ' if study == 'bytes' else ''}{r['row']:<26} {figures}")
     return "\n".join(lines)

@@ -124,10 +124,24 @@ def torchao_int8(model):
     return lambda: type(model.transformer_blocks[0].attn.to_q.weight).__name__ != "Parameter" and "quantised weights"
 
 
+@feature(tolerance=0.2)
+def torchao_float8(model):
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    quantize_(model, Float8WeightOnlyConfig())
+    return lambda: type(model.transformer_blocks[0].attn.to_q.weight).__name__ != "Parameter" and "quantised weights"
+
+
 @feature()
 def group_offload_leaf(model):
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     return lambda: hasattr(model.proj_out, "_diffusers_hook") and "hooks on each layer"
+
+
+@feature()
+def group_offload_block(model):
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    return lambda: hasattr(model.transformer_blocks[0], "_diffusers_hook") and "hooks on each block"
 
 
 @feature()
@@ -149,6 +163,14 @@ def set_attention_backend(model):
     model.set_attention_backend("native")
     processor = model.transformer_blocks[0].attn.processor
     return lambda: getattr(processor, "_attention_backend", None) is not None and "the processor has a backend"
+
+
+@feature()
+def compile_whole(model):
+    graphs = []
+    torch._dynamo.reset()
+    model.compile(backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True)
+    return lambda: graphs and f"{len(graphs)} graph"
 
 
 @feature()

@@ -25,10 +25,11 @@ class Recipe:
 
     Attributes:
         build: (model, dtype, device) to a pipeline, or to a pipeline and {prompt: inputs}.
-        keeps: what is on the device at one time: "all", "part" (of the pipeline), "block", "leaf" (a layer), or
-            "stage" (the text encoders, then the rest).
+        keeps: what is on the device at one time: "all", "part" (of the pipeline), "block", "leaf" (a layer), "stage"
+            (the text encoders, then the rest), or "rest" (the rest always, the text encoders layer by layer).
         bits: stored bits of the linear weights of a part; 16 where it is not named.
         straight: the parts that are loaded straight onto the device, not by way of the processor's memory.
+        every_linear: no linear layer is left out of the fewer bits (bitsandbytes leaves the T5's `wo` in float32).
         without: the parts that are left out.
         tiles: the autoencoder decodes in this many tiles along a side.
     """
@@ -37,6 +38,7 @@ class Recipe:
     keeps: str = "all"
     bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     straight: tuple[str, ...] = ()
+    every_linear: bool = False
     without: tuple[str, ...] = ()
     tiles: int = 1
 
@@ -137,6 +139,17 @@ def group_offload_stream(model, dtype, device):
     return pipe
 
 
+@recipe(keeps="rest")
+def encoders_offload_stream(model, dtype, device):
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
+    place = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
+    for name in ENCODERS:  # they run once a picture, the transformer in every step
+        apply_group_offloading(getattr(pipe, name), **place, offload_type="leaf_level", use_stream=True)
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    return pipe
+
+
 @recipe(keeps="leaf")
 def group_offload_disk(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
@@ -197,7 +210,7 @@ def all_nf4(model, dtype, device):
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **parts).to(device)
 
 
-@recipe(bits={"transformer": 8, "text_encoder_3": 8})
+@recipe(bits={"transformer": 8, "text_encoder_3": 8}, every_linear=True)
 def torchao_int8(model, dtype, device):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -207,7 +220,7 @@ def torchao_int8(model, dtype, device):
     return pipe.to(device)
 
 
-@recipe(bits={"transformer": 8, "text_encoder_3": 8})
+@recipe(bits={"transformer": 8, "text_encoder_3": 8}, every_linear=True)
 def torchao_float8(model, dtype, device):
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 

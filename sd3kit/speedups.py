@@ -15,6 +15,7 @@ INDUCTOR_FLAGS = (
     "coordinate_descent_check_all_directions",
 )
 SPEEDUPS: dict[str, Callable] = {}
+COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs")  # the same work in other code
 
 
 def speedup(change: Callable) -> Callable:

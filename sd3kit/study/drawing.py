@@ -130,7 +130,8 @@ def decided(row: dict, count: int = 20) -> dict:
     pipe, judge = tools()
     rng, found = random.Random(13), {}
     for kind in ("single", "sign"):
-        firsts = ask(kind, count, judge.subjects, False, 13)
+        # signs of one line, so that the second word takes the same cells
+        firsts = [s for s in ask(kind, 4 * count, judge.subjects, False, 13) if " " not in s.text][:count]
         seconds = []
         for scene in firsts:
             word = rng.choice([w for w in scenes.WORDS if w != scene.text and len(w) == len(scene.text)] or ["open"])

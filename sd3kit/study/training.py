@@ -109,6 +109,8 @@ def train(
 ) -> list[float]:
     """The training loop of lesson 03, with one of the faults of `FAULTS` where asked; returns the losses."""
     given = data()
+    if fault == "density as a loss weight":
+        sampler = SAMPLERS["uniform"]  # with the weight, the mean over many draws is cosmap's
     latents = given["latents"] + (FORGOTTEN if fault == "shift factor forgotten" else 0.0)
     optimizer, losses = torch.optim.AdamW(network.parameters(), rate, betas=(0.9, 0.95)), []
     for _ in range(steps):
