@@ -1,8 +1,8 @@
 """DreamBooth: it learns, what it writes loads in diffusers, it survives kills, and wrong arguments are answered."""
 
+import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from PIL import Image
 
 import sd3kit
@@ -214,6 +214,9 @@ def test_captions_of_text_files(tmp_path):
     (tmp_path / "two.txt").unlink()
     with pytest.raises(DreamBoothError, match=r"two\.png has no caption"):
         data.instance_rows(options)
+    (tmp_path / "two.txt").write_bytes("Grün".encode("latin-1"))
+    with pytest.raises(DreamBoothError, match=r"two\.txt cannot be read: save it as text in UTF-8\.$"):
+        data.instance_rows(options)
 
 
 def test_a_picture_may_be_larger_turned_and_transparent(tmp_path):
@@ -229,24 +232,38 @@ def test_a_picture_may_be_larger_turned_and_transparent(tmp_path):
     assert pixels.shape == (3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
 
 
-def test_a_data_set_of_the_hub(monkeypatch):
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     """With a stand-in for the package `datasets`, which is not a dependency."""
 
     class Table(dict):
-        column_names = ("photo", "words")
+        column_names = ("photo", "words", "number")
 
         def __len__(self):
             return 2
 
-    table = Table(photo=[Image.new("RGB", (80, 80), "red"), Image.new("L", (80, 80))], words=["one", ""])
+        def cast_column(self, column, kind):
+            assert kind == "files" and column != "number"
+            return self
+
+    Image.new("L", (80, 80)).save(tmp_path / "gray.png")
+    Image.new("RGBA", (80, 80), (0, 0, 0, 0)).save(clear := io.BytesIO(), "PNG")
+    stored = [{"bytes": clear.getvalue(), "path": "clear.png"}, {"bytes": None, "path": str(tmp_path / "gray.png")}]
+    table = Table(photo=stored, words=["one", ""])
     stand_in = types.ModuleType("datasets")
     stand_in.load_dataset = lambda name, config, cache_dir: {"train": table}
+    stand_in.Image = lambda decode: "files" if decode is False else None
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     more = dict(instance_data_dir=None, dataset_name="someone/dogs", image_column="photo", caption_column="words")
     rows = data.instance_rows(Settings(**(SMALL | more)))
     assert [row.caption for row in rows] == ["one", "a sks robot"] and rows[1].open().mode == "RGB"
-    with pytest.raises(DreamBoothError, match="has no column picture"):
-        data.instance_rows(Settings(**(SMALL | more | {"image_column": "picture"})))
+    assert rows[0].open().getpixel((0, 0)) == (255, 255, 255)  # on white, as a folder's pictures are
+    for column, phrase in (("picture", "has no column picture"), ("number", "holds no pictures")):
+        with pytest.raises(DreamBoothError, match=phrase):
+            data.instance_rows(Settings(**(SMALL | more | {"image_column": column})))
+    for damaged in ({"bytes": clear.getvalue()[:60], "path": None}, None):
+        stored[1] = damaged
+        with pytest.raises(DreamBoothError, match="1 of someone/dogs cannot be read"):
+            data.instance_rows(Settings(**(SMALL | more)))
 
 
 # --- what is trained and written
@@ -296,7 +313,17 @@ def test_text_encoders_learn_too(tmp_path, monkeypatch):
     assert change[:77].max() > 1e-3 and change[77:].max() == 0  # the CLIPs, not the T5
 
 
-def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path):
+def test_the_clips_learn_at_their_own_rate_and_the_t5_not_at_all():
+    options = Settings(**(SMALL | {"train_text_encoder": True, "text_encoder_lr": 0.0}))
+    pipe = sd3kit.load("nano", quiet=True)
+    model = what_learns.Denoiser(pipe.transformer, pipe)
+    what_learns.make_trainable(options, model)
+    assert not any(p.requires_grad for p in pipe.text_encoder_3.parameters())
+    rates = [group["lr"] for group in what_learns.make_optimizer(options, model, 1).param_groups]
+    assert rates == [1e-4, 0, 0]
+
+
+def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatch, capsys):
     from diffusers import StableDiffusion3Pipeline
 
     more = dict(full_finetuning=True, learning_rate=1e-3, checkpointing_steps=1)
@@ -317,6 +344,22 @@ def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a sks robot", num_inference_steps=1, width=64, height=64).images[0].size == (64, 64)
 
+    right = os.replace
+
+    def stops_at_the_vae(old, new):
+        if Path(new).name == "vae":
+            raise OSError("stopped")
+        right(old, new)
+
+    with monkeypatch.context() as patch:  # a result that is written over another and stops halfway
+        patch.setattr(os, "replace", stops_at_the_vae)
+        capsys.readouterr()
+        assert run(tmp_path / "whole", **more, resume_from_checkpoint="latest") == 2
+    assert "The result could not be written" in one_sentence(capsys)
+    assert not (tmp_path / "whole" / "model_index.json").exists()
+    assert run(tmp_path / "whole", **more, resume_from_checkpoint="latest") == 0
+    assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole").vae is not None
+
 
 def test_prior_preservation_draws_what_is_missing(tmp_path):
     folder = tmp_path / "class"
@@ -332,6 +375,20 @@ def test_prior_preservation_draws_what_is_missing(tmp_path):
     assert run(tmp_path / "plain", max_train_steps=1) == 0
     with_prior, weightless, plain = (losses(tmp_path / name)[0] for name in ("prior", "none", "plain"))
     assert weightless == pytest.approx(plain, rel=1e-4) and with_prior > plain + 0.01
+
+
+def test_a_folder_of_class_pictures_that_cannot_be_made_is_answered(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    prior = dict(with_prior_preservation=True, class_data_dir=tmp_path / "file", class_prompt="a robot")
+    assert run(tmp_path / "out", **prior) == 2
+    assert "The folder of class pictures could not be written" in one_sentence(capsys)
+
+
+def test_a_sharded_training_says_that_it_draws_no_validation(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "SHARDED", (DistributedType.NO,))
+    assert run(tmp_path, max_train_steps=1, validation_prompt="a sks robot") == 0
+    assert "No validation pictures are drawn" in capsys.readouterr().out
+    assert not (tmp_path / "validation").exists()
 
 
 def test_eight_bit_adam(tmp_path):
@@ -450,6 +507,7 @@ print(json.dumps([codes, seen]))
 '''
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_ten_kills_change_nothing(tmp_path):
     """kill -9 at ten moments, one of them while a checkpoint is written: the same losses and weights, bit for bit."""
     more = dict(
@@ -495,6 +553,7 @@ def test_two_processes_equal_one_with_the_same_total_batch(tmp_path):
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path, capsys):
     """A limit on the size of files stands for the full disk: the optimizer's state does not fit."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     more = dict(checkpointing_steps=1, rank=8)
     assert run(tmp_path, **(more | {"max_train_steps": 1})) == 0
     capsys.readouterr()
@@ -526,13 +585,74 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path, capsys, monkeypat
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.parametrize("steps", [2, 1])  # found by the checkpoint; by the result, where no checkpoint is due
+def test_weights_that_are_no_numbers_are_not_saved(steps, tmp_path, capsys, monkeypatch):
+    """A gradient that is NaN under a finite loss: the loss shows it only at the next step."""
+    right = training.flow_matching_loss
+    monkeypatch.setattr(training, "flow_matching_loss", lambda v, *more: right(v, *more) + (0 * v.sum()).sqrt())
+    assert run(tmp_path, checkpointing_steps=1 if steps == 2 else 10, max_train_steps=steps) == 2
+    assert "The trained weights hold NaN or infinity at step 1" in one_sentence(capsys)
+    assert not list(tmp_path.glob("*checkpoint-*")) and not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_full_device_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), saving.writing("A checkpoint", tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_damaged_checkpoint_is_answered(tmp_path, capsys):
     assert run(tmp_path, checkpointing_steps=1, max_train_steps=1) == 0
     capsys.readouterr()
+    log, progress = tmp_path / "losses.jsonl", tmp_path / "checkpoint-1" / "progress.json"
+    whole = log.read_text(), progress.read_text()
+    for path, phrase in ((log, "losses.jsonl is damaged"), (progress, "checkpoint-1 is damaged")):
+        path.write_text('["step"]\n')
+        assert run(tmp_path, resume_from_checkpoint="latest") == 2
+        assert phrase in one_sentence(capsys)
+    log.write_text(whole[0])
+    progress.write_text(whole[1])
     state = tmp_path / "checkpoint-1" / "optimizer.bin"
     state.write_bytes(state.read_bytes()[:1000])
     assert run(tmp_path, resume_from_checkpoint="checkpoint-1") == 2
     assert "checkpoint-1 is damaged" in one_sentence(capsys)
+
+
+def test_a_used_folder_keeps_its_checkpoints_until_another_branch_has_one(tmp_path, capsys):
+    def names() -> list[str]:
+        return [p.name for p in saving.checkpoints(tmp_path)]
+
+    assert run(tmp_path, checkpointing_steps=1, max_train_steps=3) == 0
+    capsys.readouterr()
+    for options, phrase in (
+        ({}, "holds checkpoint-3: add --resume_from_checkpoint latest"),
+        ({"train_batch_size": 2}, "was made with train_batch_size 1, not 2"),
+        ({"gradient_accumulation_steps": 2}, "was made with gradient_accumulation_steps 1, not 2"),
+        ({"seed": 5}, "was made with seed 0, not 5"),
+    ):
+        assert run(tmp_path, **options, **({"resume_from_checkpoint": "latest"} if options else {})) == 2
+        assert phrase in one_sentence(capsys)
+    with pytest.raises(DreamBoothError, match="num_processes 1, not 2"):
+        two = types.SimpleNamespace(num_processes=2)
+        saving.read_progress(Settings(**SMALL), two, tmp_path / "checkpoint-1")
+    assert names() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"] and len(losses(tmp_path)) == 3
+
+    more = dict(checkpointing_steps=1, checkpoints_total_limit=2, learning_rate=1e-5)
+    assert run(tmp_path, **more, max_train_steps=1, resume_from_checkpoint="checkpoint-1") == 0
+    assert names() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # nothing new was written
+    assert run(tmp_path, **more, max_train_steps=2, resume_from_checkpoint="checkpoint-1") == 0
+    assert names() == ["checkpoint-1", "checkpoint-2"] and not list(tmp_path.glob(".*"))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert rates == [1e-4, 1e-5]  # a new rate counts at once
+
+
+def test_checkpoints_of_another_program_are_left_alone(tmp_path, capsys):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "random_states_0.pkl").touch()  # as diffusers' script has it
+    for resume in ({}, {"resume_from_checkpoint": "latest"}):
+        assert run(tmp_path, **resume) == 2
+        assert "holds checkpoint-7, which this command did not write" in one_sentence(capsys)
+    assert run(tmp_path, resume_from_checkpoint="checkpoint-7") == 2
+    assert "There is no whole checkpoint checkpoint-7" in one_sentence(capsys)
 
 
 # --- the command
@@ -617,7 +737,7 @@ WRONG = [
     ({"resume_from_checkpoint": "checkpoint-7"}, "There is no whole checkpoint checkpoint-7"),
     ({"pretrained_model_name_or_path": "nanoo"}, "did you mean nano?"),
     ({"push_to_hub": True}, "HF_HUB_OFFLINE"),
-    ({"report_to": "wandb", "hub_token": "hf_secretsecretsecretsecret"}, "wandb"),
+    ({"report_to": "wandb", "hub_token": "hf_secretsecretsecretsecret"}, "hf auth login"),
     ({"hub_tokn": "hf_secretsecretsecretsecret"}, "did you mean hub_token?"),
     ({"full_finetuning": True, "lora_blocks": "1"}, "leave out the options of LoRA"),
     ({"settings": "/nowhere.json"}, "cannot be read"),
@@ -690,6 +810,15 @@ def test_a_broken_folder_gets_one_sentence(kind, phrase, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_token_is_refused_with_each_tracker_that_stores_the_command(monkeypatch):
+    monkeypatch.setattr(settings, "installed", lambda name: name == "wandb")
+    options = SMALL | {"report_to": "all", "hub_token": "hf_secretsecretsecretsecret"}
+    with pytest.raises(DreamBoothError, match="would be stored by wandb"):
+        Settings(**options).check()
+    monkeypatch.setattr(settings, "installed", lambda name: False)
+    Settings(**options).check()
+
+
 def test_trackers_are_those_that_are_asked_for(capsys, monkeypatch):
     assert hub.trackers(Settings(report_to="none")) == []
     monkeypatch.setattr(hub, "installed", lambda name: False)
@@ -704,9 +833,17 @@ def test_the_loop_is_read_in_one_sitting():
 
 
 def test_the_benchmark_times_both_sides_and_says_what_did_not_run(tmp_path):
-    """The "script" here is our own command in a file: what the benchmark does with a file is what is tested."""
+    """The "script" here is our own command in a file: what the benchmark does with a file is what is tested.
+
+    As diffusers' script does, it opens every file of the folder as a picture.
+    """
     script = tmp_path / "script.py"
-    script.write_text("import sys\nfrom sd3kit.dreambooth.__main__ import main\nsys.exit(main())\n")
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom PIL import Image\n"
+        "from sd3kit.dreambooth.__main__ import main\nfrom sd3kit.dreambooth.settings import parse\n"
+        "pictures = [Image.open(path) for path in Path(parse().instance_data_dir).iterdir()]\n"
+        "assert len(pictures) == 5 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
+    )
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no torchvision here')\n")
     options = ["--steps=4", "--resolution=64", f"--out={tmp_path / 'records.jsonl'}"]

@@ -3,14 +3,15 @@
     python -m sd3kit.dreambooth.benchmark --script examples/dreambooth/train_dreambooth_lora_sd3.py
 
 Two comparisons: `defaults`, each with its own, and `equal`, the same caching and checkpointing on both sides, so that
-one sees what the code is worth and what the settings are. Each training is a process of its own. Without `--script`
-only ours runs, and the record says so.
+one sees what the code is worth and what the settings are. Both train the same loss (`--precondition_outputs=0`). Each
+training is a process of its own. Without `--script` only ours runs, and the record says so.
 """
 
 import argparse
 import itertools
 import json
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def arguments(options: argparse.Namespace) -> list[str]:
         "--learning_rate=1e-3",
         "--lr_warmup_steps=0",
         "--num_validation_images=0",
+        "--precondition_outputs=0",
         "--seed=0",
     ]
 
@@ -160,15 +162,23 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--steps must be at least 4, not {options.steps}.")
     if options.script and not options.script.is_file():
         parser.error(f"there is no script {options.script}: give the path of diffusers' train_dreambooth_lora_sd3.py.")
+    if not options.pictures.is_dir():
+        parser.error(f"there is no folder {options.pictures}: give the pictures' folder.")
+    from .data import picture_files
+
     records = []
-    for setting, more in SETS.items():
-        for name, target in (("sd3kit", OURS), ("diffusers' script", options.script)):
-            if target is None:
-                found = {"failed": "not run: --script names diffusers' script"}
-            else:
-                found = run(str(target), [*arguments(options), *more])
-            records.append({"settings": setting, "command": name} | found)
-            print(_line(records[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as pictures:
+        for picture in picture_files(options.pictures):  # alone: the script opens every file there as a picture
+            shutil.copy(picture, pictures)
+        options.pictures = pictures
+        for setting, more in SETS.items():
+            for name, target in (("sd3kit", OURS), ("diffusers' script", options.script)):
+                if target is None:
+                    found = {"failed": "not run: --script names diffusers' script"}
+                else:
+                    found = run(str(target), [*arguments(options), *more])
+                records.append({"settings": setting, "command": name} | found)
+                print(_line(records[-1]), flush=True)
     if options.out:
         stamp = {
             "model": options.model, "resolution": options.resolution, "batch": options.batch, "steps": options.steps,

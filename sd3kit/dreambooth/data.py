@@ -8,6 +8,7 @@ same samples, and a latent can never meet another picture's caption (diffusers i
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -35,14 +36,14 @@ class Row:
         return self.source if isinstance(self.source, Image.Image) else open_picture(self.source)
 
 
-def open_picture(path: str | os.PathLike) -> Image.Image:
-    """A picture file as RGB, turned as its EXIF data say, on white where it is transparent.
+def open_picture(source: str | os.PathLike | io.BytesIO, name: str = "") -> Image.Image:
+    """A picture file as RGB, turned as its EXIF data say, on white where it is transparent; `name` is for errors.
 
     Raises:
         DreamBoothError: not a picture of the formats above, damaged, or larger than `MOST_PIXELS`.
     """
     try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
+        with Image.open(source, formats=tuple(FORMATS)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
             image = ImageOps.exif_transpose(image)
@@ -51,10 +52,12 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:  # Pillow's own limit comes later, at 179 million
-        raise DreamBoothError(f"The picture {path} has more than {MOST_PIXELS:,} pixels: scale it down.") from error
+        raise DreamBoothError(
+            f"The picture {name or source} has more than {MOST_PIXELS:,} pixels: scale it down."
+        ) from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
         raise DreamBoothError(
-            f"The picture {path} cannot be read (damaged, or not {', '.join(FORMATS)}): replace or remove it."
+            f"The picture {name or source} cannot be read (damaged, or not {', '.join(FORMATS)}): replace or remove it."
         ) from error
 
 
@@ -89,7 +92,10 @@ def _folder_pairs(folder: Path, settings: Settings) -> list[tuple[Path, str]]:
         captions = {}
         for text in texts:
             owner = next((f.name for f in files if f.stem == text.stem), text.name)
-            captions[owner] = text.read_text(encoding="utf-8").strip()
+            try:
+                captions[owner] = text.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DreamBoothError(f"The caption file {text} cannot be read: save it as text in UTF-8.") from error
         source = "a .txt file"
     names = {f.name for f in files}
     if captions and (lone := names ^ captions.keys()):
@@ -118,6 +124,7 @@ def _table(folder: Path, column: str) -> dict[str, str]:
 
 
 def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
+    from datasets import Image as Undecoded
     from datasets import load_dataset
 
     name = settings.dataset_name
@@ -131,8 +138,18 @@ def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
         if column not in loaded.column_names:
             raise DreamBoothError(f"{name} has no column {column}: it has {', '.join(loaded.column_names)}.")
     captions = loaded[settings.caption_column] if settings.caption_column else [""] * len(loaded)
-    images = loaded[settings.image_column]
-    return [(image.convert("RGB"), caption or "") for image, caption in zip(images, captions, strict=True)]
+    try:  # as files, so that a picture is opened here, with the limits above
+        files = list(loaded.cast_column(settings.image_column, Undecoded(decode=False))[settings.image_column])
+    except Exception as error:
+        raise DreamBoothError(
+            f"The column {settings.image_column} of {name} holds no pictures: give another --image_column."
+        ) from error
+    pairs = []
+    for n, (file, caption) in enumerate(zip(files, captions, strict=True)):
+        file = file or {}  # an empty row
+        source = io.BytesIO(file["bytes"]) if file.get("bytes") else file.get("path")
+        pairs.append((open_picture(source, f"{n} of {name}"), caption or ""))
+    return pairs
 
 
 def class_rows(settings: Settings) -> list[Row]:

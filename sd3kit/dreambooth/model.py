@@ -106,6 +106,8 @@ def quantized(settings: Settings, dtype: torch.dtype) -> dict[str, SD3Transforme
 def make_trainable(settings: Settings, model: Denoiser) -> None:
     """Freeze everything, then let a LoRA (peft's, by diffusers' `add_adapter`) or the whole transformer learn."""
     model.requires_grad_(False)
+    if model.text is not None and model.text.text_encoder_3 is not None:
+        model.text.text_encoder_3.requires_grad_(False)  # the T5 is no part of the module
     if settings.full_finetuning:
         model.transformer.requires_grad_(True)
     else:
@@ -149,7 +151,7 @@ def make_optimizer(settings: Settings, model: Denoiser, processes: int) -> torch
     groups = [{"params": [p for p in model.transformer.parameters() if p.requires_grad], "lr": rate}]
     for clip in clips(model):
         learning = [p for p in clip.parameters() if p.requires_grad]
-        clip_rate = rate if prodigy else s.text_encoder_lr or rate  # prodigy wants one rate for all
+        clip_rate = rate if prodigy else s.text_encoder_lr  # prodigy wants one rate for all
         groups.append({"params": learning, "lr": clip_rate, "weight_decay": s.adam_weight_decay_text_encoder})
     common = dict(betas=(s.adam_beta1, s.adam_beta2), weight_decay=s.adam_weight_decay, eps=s.adam_epsilon)
     if prodigy:

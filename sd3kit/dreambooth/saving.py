@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,10 @@ from tqdm.auto import tqdm
 from . import hub
 from .data import picture_files
 from .model import Denoiser, encode, load
-from .settings import DreamBoothError, Settings
+from .settings import PROGRESS, DreamBoothError, Settings, checkpoint_step, checkpoints, is_checkpoint
 
 TRAINED_FILE = "trained.safetensors"
+AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
 
 
 @contextlib.contextmanager
@@ -31,52 +31,96 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     """Turn the many errors of a full or broken disk into one sentence."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, DreamBoothError):
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error).splitlines()[0][:120]
+        reason = "the disk is full" if full else (str(error) or type(error).__name__).splitlines()[0][:120]
+        advice = "make room" if full else "see that it can be"
         raise DreamBoothError(
-            f"{what} could not be written to {folder} ({reason}): make room and go on with --resume_from_checkpoint "
+            f"{what} could not be written to {folder} ({reason}): {advice} and go on with --resume_from_checkpoint "
             "latest; what was saved before is whole."
         ) from error
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a training, the oldest first; one that is being written has another name."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+def check_finite(accelerator: Accelerator, model: torch.nn.Module, step: int) -> None:
+    """Stop, in every process, before weights that hold NaN are written; the loss shows it a step later."""
+    own = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]  # a shard
+    broken = any(not p.isfinite().all() for p in own)
+    if accelerator.reduce(torch.tensor(float(broken), device=accelerator.device), "sum") > 0:
+        raise DreamBoothError(f"The trained weights hold NaN or infinity at step {step}: {AGAIN}")
 
 
-def save_checkpoint(settings: Settings, accelerator: Accelerator, step: int, seed: int) -> None:
-    """Write a checkpoint under another name and rename it when it is whole; then remove those over the limit."""
+def progress(settings: Settings, accelerator: Accelerator, step: int, seed: int | None) -> dict[str, int | None]:
+    """Where a training is, and what its samples follow from."""
+    return {
+        "step": step,
+        "seed": seed,
+        "train_batch_size": settings.train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def read_progress(settings: Settings, accelerator: Accelerator, checkpoint: Path) -> dict[str, int]:
+    """What `progress` was when a checkpoint was written.
+
+    Raises:
+        DreamBoothError: it cannot be read, or an option has changed, so that other samples would follow.
+    """
+    now = progress(settings, accelerator, 0, settings.seed)
+    try:
+        stored = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        then = {name: int(stored[name]) for name in now}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DreamBoothError(f"The checkpoint {checkpoint} is damaged: its {PROGRESS} cannot be read.") from error
+    for name, value in now.items():
+        if name != "step" and value not in (None, then[name]):
+            raise DreamBoothError(
+                f"The checkpoint {checkpoint} was made with {name} {then[name]}, not {value}: go on with "
+                f"{then[name]}, or start again in another --output_dir."
+            )
+    return then
+
+
+def save_checkpoint(settings: Settings, accelerator: Accelerator, model: torch.nn.Module, step: int, seed: int) -> None:
+    """Write a checkpoint under another name and rename it when it is whole; then remove the outdated ones.
+
+    Those are the ones over the limit, and all of later steps: an earlier training wrote them, and this one went on from
+    a checkpoint before them.
+    """
+    check_finite(accelerator, model, step)
     out = Path(settings.output_dir)
     folder, part = out / f"checkpoint-{step}", out / f".checkpoint-{step}.part"
     with writing("A checkpoint", out):
         accelerator.save_state(str(part))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (part / "progress.json").write_text(json.dumps({"step": step, "seed": seed}), encoding="utf-8")
-            if folder.exists():
-                remove(folder)
+            text = json.dumps(progress(settings, accelerator, step, seed))
+            (part / PROGRESS).write_text(text, encoding="utf-8")
+            outdated = [set_aside(folder)] if folder.exists() else []
             os.rename(part, folder)
-            for old in checkpoints(out)[: -(settings.checkpoints_total_limit or 10**9)]:
-                remove(old)
+            whole = checkpoints(out)
+            own = [p for p in whole if checkpoint_step(p) <= step]
+            kept = own[-(settings.checkpoints_total_limit or len(own)) :]
+            outdated += [set_aside(p) for p in whole if p not in kept]
+            for gone in outdated:
+                shutil.rmtree(gone)
     accelerator.wait_for_everyone()
 
 
-def remove(folder: Path) -> None:
-    """Take a checkpoint's name away first: half removed it must not be taken for a whole one."""
+def set_aside(folder: Path) -> Path:
+    """Take a checkpoint's name away: half removed it must not be taken for a whole one."""
     gone = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(folder, gone)
-    shutil.rmtree(gone)
+    return gone
 
 
 def find_checkpoint(settings: Settings) -> Path | None:
     out, named = Path(settings.output_dir), settings.resume_from_checkpoint
     if named and named != "latest":
-        return next(p for p in (Path(named), out / named) if p.is_dir())
+        return next(p for p in (Path(named), out / named) if is_checkpoint(p))
     return (checkpoints(out) or [None])[-1] if named else None
 
 
@@ -116,25 +160,32 @@ def save_lora(model: Denoiser, state: dict[str, torch.Tensor], folder: Path, dty
     StableDiffusion3Pipeline.save_lora_weights(folder, **found)
 
 
-def save_result(settings: Settings, accelerator: Accelerator, model: torch.nn.Module, dtype: torch.dtype) -> None:
+def save_result(
+    settings: Settings, accelerator: Accelerator, model: torch.nn.Module, step: int, dtype: torch.dtype
+) -> None:
     """Write the LoRA, or a whole pipeline, to the output folder; each file appears when it is whole."""
+    check_finite(accelerator, model, step)
     out = Path(settings.output_dir)
     state, part = accelerator.get_state_dict(model), out / ".result.part"
     if not accelerator.is_main_process:
         return
     plain = accelerator.unwrap_model(model)
     dtype = torch.float32 if settings.upcast_before_saving else dtype
+    if settings.full_finetuning:
+        own = {k.removeprefix("transformer."): v.to("cpu", dtype) for k, v in state.items()}
+        with torch.device("meta"):
+            trained = SD3Transformer2DModel.from_config(plain.transformer.config)
+        trained.load_state_dict(own, assign=True)
+        # with a device_map, even none, it stays on the CPU: the training fills the device
+        pipe = load(settings, accelerator, dtype, transformer=trained, device_map=None)
     with writing("The result", out):
         shutil.rmtree(part, ignore_errors=True)
         if settings.full_finetuning:
-            own = {k.removeprefix("transformer."): v.to(dtype) for k, v in state.items()}
-            with torch.device("meta"):
-                trained = SD3Transformer2DModel.from_config(plain.transformer.config)
-            trained.load_state_dict(own, assign=True)
-            load(settings, accelerator, dtype, transformer=trained).save_pretrained(part, safe_serialization=True)
+            pipe.save_pretrained(part, safe_serialization=True)
+            (out / "model_index.json").unlink(missing_ok=True)
         else:
             save_lora(plain, state, part, dtype)
-        # the index comes last: with it the folder counts as a pipeline
+        # the index goes first and comes last: with it the folder counts as a pipeline
         for path in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"):
             if (out / path.name).is_dir():
                 shutil.rmtree(out / path.name)
@@ -146,7 +197,7 @@ def save_result(settings: Settings, accelerator: Accelerator, model: torch.nn.Mo
 def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step: int, seed: int) -> list:
     """Draw the validation prompt with the model as it is, into the folder `validation` and the trackers."""
     plain = accelerator.unwrap_model(model)
-    length, device = settings.max_sequence_length, accelerator.device
+    length, device, home = settings.max_sequence_length, accelerator.device, vae.device
     if plain.text is not None:
         prompts = {p: encode(plain.text, [p], length) for p in (settings.validation_prompt, "")}
     (embeds, pooled), (empty, empty_pooled) = (
@@ -168,6 +219,7 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
             for i in range(settings.num_validation_images)
         ]  # fmt: skip
     plain.train()
+    vae.to(home)  # the CPU, where the latents are cached
     folder = Path(settings.output_dir) / "validation"
     with writing("A validation picture", folder):
         folder.mkdir(exist_ok=True)
@@ -181,7 +233,8 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
 def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int) -> None:
     """Fill the folder of class pictures with the model's own, each process its share; those there are kept."""
     folder = Path(settings.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("The folder of class pictures", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     wanted = settings.num_class_images - len(picture_files(folder))
     free = (n for n in range(10**6) if not (folder / f"class-{n:05d}.png").exists())
     numbers = [next(free) for _ in range(max(0, wanted))]
@@ -192,16 +245,17 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
     known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))
     pipe.set_progress_bar_config(disable=True)
-    with accelerator.split_between_processes(numbers) as share, writing("A class picture", folder):
+    with accelerator.split_between_processes(numbers) as share:
         for start in tqdm(range(0, len(share), settings.sample_batch_size), desc="class pictures", unit="batch"):
             part = share[start : start + settings.sample_batch_size]
             sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
             images = pipe(
                 [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length
             ).images
-            for n, image in zip(part, images, strict=True):
-                image.save(folder / f".class-{n:05d}.png")  # hidden until it is whole
-                os.replace(folder / f".class-{n:05d}.png", folder / f"class-{n:05d}.png")
+            with writing("A class picture", folder):
+                for n, image in zip(part, images, strict=True):
+                    image.save(folder / f".class-{n:05d}.png")  # hidden until it is whole
+                    os.replace(folder / f".class-{n:05d}.png", folder / f"class-{n:05d}.png")
     accelerator.wait_for_everyone()
     del pipe
     free_memory()
@@ -211,8 +265,11 @@ class LossFile:
     """`losses.jsonl`: a line an update (step, loss, lr). A resumed training drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DreamBoothError(f"The file {path} is damaged: move it away, and a new one is begun.") from error
         part = path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, path)

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -19,6 +20,7 @@ WEIGHTING = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 SECRET = "hub_token"
+PROGRESS = "progress.json"  # written last: a checkpoint that has it is whole, and this command's
 
 
 class DreamBoothError(RuntimeError):
@@ -103,7 +105,9 @@ class Settings:
     gradient_accumulation_steps: int = option(1, "forward passes to an update")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, slower")
     learning_rate: float = option(1e-4, "the learning rate after the warm-up")
-    text_encoder_lr: float = option(5e-6, "the learning rate of the text encoders' LoRA")
+    text_encoder_lr: float = option(
+        5e-6, "the learning rate of the text encoders' LoRA; 0 stands, where diffusers' script takes learning_rate"
+    )
     scale_lr: bool = option(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = option("constant", "how the learning rate changes", SCHEDULES)
     lr_warmup_steps: int = option(500, "updates of warm-up; schedule constant has none")
@@ -202,10 +206,11 @@ def _problems(s: Settings):
         yield "--base_quantization needs a package: pip install bitsandbytes."
     if s.report_to not in (*TRACKERS, "all", "none"):
         yield f"--report_to must be one of {', '.join(TRACKERS)}, all, none, not {s.report_to!r}."
+    for tracker in ("wandb", "comet_ml"):
+        if s.hub_token and (s.report_to == tracker or (s.report_to == "all" and installed(tracker))):
+            yield f"--hub_token would be stored by {tracker} with the command: use `hf auth login` in its place."
     if s.report_to in ("wandb", "comet_ml") and not installed(s.report_to):
         yield f"--report_to {s.report_to} needs a package: pip install {s.report_to}."
-    if s.report_to == "wandb" and s.hub_token:
-        yield "--hub_token would be stored by wandb with the command: log in with `hf auth login` in its place."
     if s.lora_blocks and not all(block.strip().isdigit() for block in s.lora_blocks.split(",")):
         yield f"--lora_blocks are numbers with commas, such as 12,30, not {s.lora_blocks!r}."
     if s.full_finetuning and (s.train_text_encoder or s.lora_layers or s.lora_blocks):
@@ -222,14 +227,31 @@ def _output_problems(s: Settings):
         yield f"The output folder {out} is a file, or lies under one: give another --output_dir."
     elif not os.access(parent, os.W_OK):
         yield f"The output folder {out} cannot be written: give another --output_dir."
-    named = s.resume_from_checkpoint
-    if (
-        named
-        and named != "latest"
-        and not any((p / "random_states_0.pkl").exists() for p in (Path(named), out / named))
-    ):
-        there = ", ".join(sorted(p.name for p in out.glob("checkpoint-*"))) if out.is_dir() else ""
-        yield f"There is no whole checkpoint {named}: {out} holds {there or 'none'}."
+    named, ours = s.resume_from_checkpoint, checkpoints(out)
+    if named and named != "latest" and not any(is_checkpoint(p) for p in (Path(named), out / named)):
+        yield f"There is no whole checkpoint {named}: {out} holds {', '.join(p.name for p in ours) or 'none'}."
+    if others := [p.name for p in _numbered(out) if p not in ours]:
+        yield f"{out} holds {others[0]}, which this command did not write: give another --output_dir, or move it away."
+    if ours and not named:
+        yield f"{out} holds {ours[-1].name}: add --resume_from_checkpoint latest, or give another --output_dir."
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a whole checkpoint of this command; those of diffusers' script have the same names."""
+    return (folder / PROGRESS).is_file()
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a training, the oldest first."""
+    return sorted(filter(is_checkpoint, _numbered(folder)), key=checkpoint_step)
 
 
 _INFINITY = float("inf")

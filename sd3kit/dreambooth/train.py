@@ -112,7 +112,7 @@ def train(settings: Settings) -> Path:
     rows = instance_rows(s)
     check_transformer(s)
     out, resumed = Path(s.output_dir), saving.find_checkpoint(s)
-    progress = json.loads((resumed / "progress.json").read_text(encoding="utf-8")) if resumed else {"step": 0}
+    progress = saving.read_progress(s, accelerator, resumed) if resumed else {"step": 0}
     drawn = int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed
     seed = broadcast_object_list([progress.get("seed", drawn)])[0]
     if main:
@@ -173,7 +173,12 @@ def train(settings: Settings) -> Path:
     sharded = accelerator.distributed_type in SHARDED
     if not sharded:
         saving.use_small_checkpoints(s, accelerator)
+    validates = bool(s.validation_prompt and s.num_validation_images)
+    if validates and sharded and main:
+        print("No validation pictures are drawn: no process holds the whole model (FSDP, DeepSpeed).", flush=True)
+    draws = validates and main and not sharded
     step = progress["step"]
+    rates = lr_scheduler.base_lrs  # a --learning_rate that was lowered since counts, not the checkpoint's
     if resumed:
         try:
             accelerator.load_state(str(resumed))
@@ -181,6 +186,9 @@ def train(settings: Settings) -> Path:
             raise DreamBoothError(
                 f"The checkpoint {resumed} is damaged or was made with other options ({f'{error}'[:80]})."
             ) from error
+        lr_scheduler.base_lrs = rates
+        for group, rate, shape in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * shape(lr_scheduler.last_epoch)
     accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
     log = saving.LossFile(out / "losses.jsonl", step) if main else None
     if main:
@@ -231,30 +239,26 @@ def train(settings: Settings) -> Path:
             total += loss.detach() / s.gradient_accumulation_steps
             if not accelerator.sync_gradients:
                 continue
-            lr = lr_scheduler.get_last_lr()[0]
+            lr = optimizer.param_groups[0]["lr"]
             lr_scheduler.step()
             step += 1
             mean_loss = accelerator.reduce(total, "mean").item()
             total.zero_()
             if not torch.isfinite(torch.tensor(mean_loss)):
-                raise DreamBoothError(
-                    f"The loss is {mean_loss} at step {step}: lower --learning_rate, or use bf16 in place of fp16, and "
-                    "go on with --resume_from_checkpoint latest."
-                )
+                raise DreamBoothError(f"The loss is {mean_loss} at step {step}: {saving.AGAIN}")
             bar.update()
             bar.set_postfix(loss=f"{mean_loss:.4f}", lr=lr)
             accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
             if log:
                 log.write(step, mean_loss, lr)
             if step % s.checkpointing_steps == 0:
-                saving.save_checkpoint(s, accelerator, step, seed)
-            due = s.validation_prompt and s.num_validation_images and step % (per_epoch * s.validation_epochs) == 0
-            if due and step < steps and main and not sharded:
+                saving.save_checkpoint(s, accelerator, model, step, seed)
+            if draws and step < steps and step % (per_epoch * s.validation_epochs) == 0:
                 saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
 
-    saving.save_result(s, accelerator, model, dtype)
+    saving.save_result(s, accelerator, model, step, dtype)
     images = []
-    if s.validation_prompt and s.num_validation_images and main and not sharded:
+    if draws:
         images = saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
     if main:
         hub.upload(s, images)
