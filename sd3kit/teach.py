@@ -6,9 +6,12 @@
 import argparse
 import json
 import os
+import queue
 import re
+import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,8 +104,16 @@ class Seat:
         return self.client.execute(code, user_expressions={"wanted": wanted}, store_history=False)
 
     def answer(self, asked: str, timeout: float = 3600) -> str:
+        end = time.monotonic() + timeout
         while True:
-            message = self.client.get_shell_msg(timeout=timeout)
+            try:
+                message = self.client.get_shell_msg(timeout=1)
+            except queue.Empty:
+                if not self.manager.is_alive():
+                    raise RuntimeError("a learner's kernel was killed, most likely for want of memory") from None
+                if time.monotonic() > end:
+                    raise RuntimeError(f"a learner's kernel gave no answer in {timeout:g} seconds") from None
+                continue
             if message["parent_header"].get("msg_id") == asked:
                 break
         content = message["content"]
@@ -213,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     identity = {"study": "seats", **settings, "machine": measure.processor(), "cores": cores}
     command = f"python -m sd3kit.teach seats --pictures {options.pictures} --threads {options.threads}"
+    if options.model:
+        command += f" --model {shlex.quote(options.model)}"
     print(report(measure.study(rows, options.out, identity, command)))
     return 0
 

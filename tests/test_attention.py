@@ -52,6 +52,25 @@ def test_a_words_tokens_are_those_that_spell_it(pipe):
     assert "".join(t5.convert_ids_to_tokens([ids[i] for i in found])).strip("▁") == "hello"
 
 
+def test_a_word_is_looked_for_as_a_whole(pipe):
+    prompt = "three apples, and A fox"
+    alone, inside = (attention.word_tokens(pipe, prompt, word) for word in ("a", "apples"))
+    assert alone and not set(alone) & set(inside)
+    with pytest.raises(ValueError, match="not in the prompt"):
+        attention.word_tokens(pipe, prompt, "apple")
+    with pytest.raises(ValueError, match="no word to look at"):
+        attention.maps(pipe, prompt, [])
+
+
+def test_with_a_reduction_the_full_weights_are_not_kept(pipe):
+    config = pipe.transformer.config
+    text, pooled = torch.randn(1, 117, config.joint_attention_dim), torch.randn(1, config.pooled_projection_dim)
+    with torch.no_grad(), attention.opened(pipe.transformer, lambda weights, outputs: weights.sum()) as processors:
+        pipe.transformer(torch.randn(1, 16, 8, 8), text, pooled, torch.tensor([500.0]))
+    for processor in processors:
+        assert processor.kept.numel() == 1 and not hasattr(processor, "weights") and not hasattr(processor, "outputs")
+
+
 def test_a_word_that_is_not_there_is_refused(pipe):
     with pytest.raises(ValueError, match="not in the prompt"):
         attention.word_tokens(pipe, "a fox", "owl")

@@ -135,7 +135,27 @@ def test_reset_keeps_every_copy_of_a_lesson(tmp_path, capsys):
     assert [path.read_text() for path in kept] == ["first answers", "second answers"]
 
 
-@pytest.mark.parametrize(("lesson", "words"), [("07", "no one lesson '07'"), ("03", "not a git checkout")])
+def test_reset_takes_the_upstreams_lesson_rather_than_committed_answers(tmp_path):
+    def git(*words, folder):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
+
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "03_flow.ipynb").write_text("published")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "it"]):
+        git(*words, folder=tmp_path / "from")
+    git("clone", "-q", "from", "to", folder=tmp_path)
+    lesson = tmp_path / "to" / "03_flow.ipynb"
+    lesson.write_text("answers")
+    git("commit", "-qam", "mine", folder=tmp_path / "to")
+    assert cli.main(["reset", "03", "--folder", str(tmp_path / "to")]) == 0
+    assert lesson.read_text() == "published"
+    assert (tmp_path / "to" / "mine" / "03_flow-1.ipynb").read_text() == "answers"
+
+
+@pytest.mark.parametrize(
+    ("lesson", "words"),
+    [("07", "no one lesson '07'"), ("/07", "no one lesson '/07'"), ("03", "not a git checkout")],
+)
 def test_reset_changes_nothing_where_it_cannot(lesson, words, tmp_path, capsys):
     (tmp_path / "03_flow.ipynb").write_text("answers")
     assert cli.main(["reset", lesson, "--folder", str(tmp_path)]) == 2

@@ -2,13 +2,16 @@
 
 import base64
 import copy
+import functools
 import io
 import json
 import re
 import runpy
+import socket
 import sys
 import threading
 import time
+import types
 
 import ipywidgets as widgets
 import numpy as np
@@ -101,6 +104,20 @@ def test_text_to_image_is_the_pipelines_own_picture_and_leaves_the_pipeline_alon
     assert pipe._progress_bar_config == {"disable": True}
 
 
+def test_a_cell_that_draws_meanwhile_does_not_share_the_scheduler(pipe):
+    undisturbed = explore.text_to_image(pipe, PROMPT, shift=12.0, **QUICK)
+    between = []
+
+    def meanwhile(step):
+        if step.number == 1:
+            between.append(explore.text_to_image(pipe, PROMPT, **QUICK).settings["shift"])
+            pipe(PROMPT, num_inference_steps=2, width=64, height=64, max_sequence_length=40)
+
+    drawn = explore.text_to_image(pipe, PROMPT, shift=12.0, watch=meanwhile, **QUICK)
+    assert between == [pipe.scheduler.config.shift], "not the shift of the drawing that runs"
+    assert np.array_equal(pixels(drawn.image), pixels(undisturbed.image))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -184,6 +201,10 @@ def test_attention_has_a_map_for_each_word_and_layer(pipe):
     for wrong in ({"word": "owl"}, {"word": "fox", "layer": layers}, {"word": "fox", "method": "magic"}):
         with pytest.raises(ValueError):
             explore.heat(drawn, **wrong)
+    small = explore.attention(pipe, "a fox", steps=1, size=64)
+    assert small.image.size == (64, 64) and small.data["raw"].shape[-2:] == (4, 4) and small.settings["size"] == 64
+    with pytest.raises(ValueError, match="no word to look at"):
+        explore.attention(pipe, "...", steps=1)
 
 
 @pytest.fixture
@@ -353,6 +374,42 @@ def test_stop_also_ends_what_waits(text, calls):
     assert said(text) == "Stopped before the first step." and len(calls[0]) < 10
 
 
+def test_what_waits_for_another_drawing_hears_stop_and_wrong_settings(pipe, calls):
+    with drawing.turn(pipe):
+        for kind in (explore.TextToImage, explore.Schedule):
+            explorer = kind(pipe, PROMPT, live=False)
+            explorer.start()
+            until(lambda explorer=explorer: "Drawing" in said(explorer))
+            explorer.stop()
+            assert explorer.wait(10) and said(explorer) == "Stopped before the first step."
+            explorer.inputs["prompt"].value = ""
+            explorer.start()
+            assert explorer.wait(10) and said(explorer).startswith("The prompt is empty")
+    stop, ended = threading.Event(), []
+    stop.set()
+    with drawing.turn(pipe):
+        for wrong, kind in (({"steps": 0}, ValueError), ({"stop": stop}, explore.Stopped)):
+
+            def other(wrong=wrong, kind=kind):
+                with pytest.raises(kind):
+                    explore.schedule(pipe, PROMPT, **wrong)
+                ended.append(kind)
+
+            thread = threading.Thread(target=other, daemon=True)
+            thread.start()
+            thread.join(10)
+    assert ended == [ValueError, explore.Stopped] and not calls[0]
+
+
+def test_an_error_while_fitting_the_preview_frees(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
+    monkeypatch.setattr(pipe.vae, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explore.latent_to_rgb(pipe)
+    assert freed
+
+
 def test_an_error_is_one_line_and_the_next_try_works(text):
     text.inputs["prompt"].value = ""
     text._draw.click()
@@ -363,6 +420,7 @@ def test_an_error_is_one_line_and_the_next_try_works(text):
     assert text.wait(30)
     assert said(text).startswith("Done: 3 steps") and 'role="status"' in text._said.value
     assert explorers.one_line(RuntimeError("CUDA out of memory. Tried\nto")).startswith("The memory is full")
+    assert "fewer steps" not in explorers.one_line(RuntimeError("CUDA out of memory.")), "they take no less"
     assert explorers.one_line(KeyError("x\ny")).count("\n") == 0
 
 
@@ -415,12 +473,55 @@ def test_settings_come_back_from_a_png(pipe, text, tmp_path):
     again = explore.text_to_image(pipe, **settings)
     assert np.array_equal(pixels(again.image), pixels(drawn.image))
     for value in ({"fox.png": {"content": drawn.png()}}, ({"content": memoryview(drawn.png())},)):  # ipywidgets 7 and 8
-        assert explore.from_png(explorers.uploaded(type("Upload", (), {"value": value}))) == settings
+        button = types.SimpleNamespace(value=value)
+        button.set_trait = functools.partial(setattr, button)
+        assert explore.from_png(explorers.uploaded(button)) == settings
+        assert button.value == type(value)() and explorers.uploaded(button) is None
     text.restore(settings)
     assert text.settings() == settings
     with pytest.raises(ValueError, match="cannot show steps 400"):
         text.restore(settings | {"seed": 1, "steps": 400})
     assert text.settings() == settings, "all or nothing"
+
+
+def upload(button, data):
+    """What the browser sends for a file, to ipywidgets 7 or 8."""
+    file = {"name": "a.png", "type": "image/png", "size": len(data), "last_modified": 0}
+    if hasattr(button, "_counter"):
+        button.set_state({"metadata": [file], "data": [memoryview(data)], "_counter": button._counter + 1})
+    else:
+        button.set_state({"value": [file | {"content": memoryview(data)}]})
+
+
+def button_named(widget, name):
+    """The button of this name in an explorer."""
+    found = [button_named(child, name) for child in getattr(widget, "children", ())]
+    return widget if getattr(widget, "description", "") == name else next(filter(None, found), None)
+
+
+def test_the_same_png_and_the_same_idea_count_again(pipe, text):
+    data = explore.text_to_image(pipe, "an owl", seed=4, **QUICK).png()
+    button = button_named(text, "Settings from a PNG")
+    for _ in range(2):
+        upload(button, data)
+        assert text.wait(30) and text.shown.settings["prompt"] == text.inputs["prompt"].value == "an owl"
+        text.inputs["prompt"].value = "a cat"
+    for _ in range(2):
+        text._ideas.value = explorers.IDEAS[1]
+        assert text.inputs["prompt"].value == explorers.IDEAS[1]
+        text.inputs["prompt"].value = "a cat"
+    assert text._ideas.value == ""
+
+
+def test_what_an_explorer_cannot_restore_is_said(pipe, text, calls):
+    png = explore.image_to_image(pipe, Image.new("RGB", (64, 64)), "a dog", strength=0.5, steps=4, size=64).png()
+    drawn = len(calls[0])
+    upload(button_named(text, "Settings from a PNG"), png)
+    assert said(text) == "This explorer has no strength: press Draw to use the other settings."
+    assert text.inputs["prompt"].value == "a dog" and text.wait(1) and len(calls[0]) == drawn
+    other = explore.ImageToImage(pipe, Image.new("RGB", (64, 64)), live=False)
+    upload(button_named(other, "Settings from a PNG"), png)
+    assert other.wait(30) and other.shown.settings["strength"] == 0.5 and other.shown.settings["prompt"] == "a dog"
 
 
 def test_the_download_link_holds_the_settings(text):
@@ -430,28 +531,47 @@ def test_the_download_link_holds_the_settings(text):
     assert explore.from_png(base64.b64decode(data)) == text.settings()
 
 
-def test_files_without_settings_are_refused(tmp_path):
-    plain, damaged = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (8, 8)).save(plain, "PNG")
-    info = PngImagePlugin.PngInfo()
-    info.add_text("sd3kit", '{"seed": "many"')
-    Image.new("RGB", (8, 8)).save(damaged, "PNG", pnginfo=info)
-    for data, words in (
-        (plain.getvalue(), "no settings"),
-        (damaged.getvalue(), "damaged"),
+def png_with(text=None):
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    if text is not None:
+        info.add_text("sd3kit", text)
+    Image.new("RGB", (8, 8)).save(data, "PNG", pnginfo=info)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (png_with(), "no settings"),
+        (png_with('{"seed": "many"'), "damaged"),
+        (png_with('{"seed": 1e999}'), "damaged"),
+        (png_with("[" * 100_000), "damaged"),
         (b"no picture", "not a PNG"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            explore.from_png(data)
+    ],
+)
+def test_files_without_settings_are_refused(data, words, text):
+    with pytest.raises(ValueError, match=words):
+        explore.from_png(data)
+    upload(button_named(text, "Settings from a PNG"), data)
+    assert words in said(text) and 'role="alert"' in text._said.value
+
+
+def test_a_missing_file_has_no_settings(tmp_path):
     with pytest.raises(OSError):
         explore.from_png(tmp_path / "missing.png")
 
 
+def test_a_picture_too_large_to_open_is_one_sentence(pipe, monkeypatch):
+    data = png_with("{}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    for read in (explore.from_png, explorers.opened):
+        with pytest.raises(ValueError, match="too large"):
+            read(data)
+
+
 def test_unknown_settings_in_a_png_are_left_out():
-    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_text("sd3kit", json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"}))
-    Image.new("RGB", (8, 8)).save(data, "PNG", pnginfo=info)
-    assert explore.from_png(data.getvalue()) == {"prompt": "a fox", "seed": 1}
+    text = json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"})
+    assert explore.from_png(png_with(text)) == {"prompt": "a fox", "seed": 1}
 
 
 # ---- the other explorers
@@ -491,9 +611,9 @@ def test_schedule_explorer_draws_the_curve_before_the_pictures(pipe):
 
 def test_attention_explorer_follows_word_and_layer_without_drawing_again(pipe, calls):
     explorer = explore.Attention(pipe, "a fox on blue", live=False)
-    explorer.restore({"steps": 2})
+    explorer.restore({"steps": 2, "size": 64})
     explorer.start()
-    assert explorer.wait(60)
+    assert explorer.wait(60) and explorer.shown.image.size == (64, 64)
     drawn, seen = len(calls[0]), set()
     for view, value in (("word", "fox"), ("layer", 2), ("step", 1), ("method", "concept")):
         explorer.views[view].value = value
@@ -535,8 +655,16 @@ def test_the_page_is_served_on_this_machine_only_unless_told(monkeypatch, capsys
     app = pytest.importorskip("voila.app")
     given = []
     monkeypatch.setattr(app.Voila, "launch_instance", given.append)
-    assert serve.main(["--no-browser"]) == 0
-    assert "--Voila.ip=127.0.0.1" in given[0] and "without a password" not in capsys.readouterr().err
-    assert serve.main(["--ip", "0.0.0.0"]) == 0
-    assert "without a password" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main(["--port", str(port)]) == 2
+        assert f"cannot be served on 127.0.0.1, port {port} (" in capsys.readouterr().err
+    assert serve.main(["--no-browser", "--port", str(port)]) == 0
+    said = capsys.readouterr()
+    assert "--Voila.ip=127.0.0.1" in given[0] and "--Voila.port_retries=0" in given[0]
+    assert f"http://127.0.0.1:{port}/" in said.out and "without a password" not in said.err
+    assert serve.main(["--ip", "0.0.0.0", "--port", str(port)]) == 0
+    said = capsys.readouterr()
+    assert "http://0.0.0.0" not in said.out and "without a password" in said.err
+    assert serve.link("::1", 80) == "http://[::1]:80/"
     assert serve.PAGE.is_file() and serve.loopback("localhost") and not serve.loopback("192.168.1.2")

@@ -124,6 +124,13 @@ def test_precision_by_model_and_device():
     assert pick_dtype("medium", "cpu")[0] is torch.bfloat16
 
 
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_precision_on_a_gpu_without_bfloat16(has, dtype, monkeypatch):
+    """A T4 has none, and torch would emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
+    assert pick_dtype("3.5-medium", "cuda")[0] is dtype
+
+
 def test_random_weights_draw_noise_and_say_so(capsys):
     pipe = sd3kit.load("nano", weights="random", device="cpu")
     assert "noise" in capsys.readouterr().out

@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 
 import lessons
 import nbformat
+import pytest
 import yaml
 
 from sd3kit import teach
@@ -43,13 +45,33 @@ def test_strip_says_what_is_wrong(tmp_path, capsys):
 
 def test_two_learners_draw_at_once(tmp_path, capsys):
     out = tmp_path / "seats.jsonl"
-    assert teach.main(["seats", "--learners", "2", "--pictures", "1", "--out", str(out)]) == 0
+    assert teach.main(["seats", "--learners", "2", "--pictures", "1", "--model", "nano", "--out", str(out)]) == 0
     [record] = [json.loads(line) for line in out.read_text().splitlines()]
     assert record["learners"] == record["n"] == 2
     assert 0 < record["low"] <= record["seconds"] <= record["high"]
     assert 10**8 < record["bytes"] <= record["bytes_high"] < 10**10
-    assert record["stamp"]["command"].startswith("python -m sd3kit.teach seats")
+    assert record["stamp"]["command"] == "python -m sd3kit.teach seats --pictures 1 --threads 1 --model nano"
     assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
+
+
+def test_a_kernel_that_is_killed_is_noticed():
+    seat = teach.Seat(threads=1)
+    try:
+        seat.ready()
+        asked = seat.ask(f"import os; os.kill(os.getpid(), {int(getattr(signal, 'SIGKILL', signal.SIGTERM))})")
+        with pytest.raises(RuntimeError, match="kernel was killed"):
+            seat.answer(asked, timeout=60)
+    finally:
+        seat.close()
+
+
+def test_the_plans_add_up_to_the_hours_that_they_name():
+    text = (lessons.FOLDER.parent / "TEACHING.md").read_text(encoding="utf-8")
+    plans = re.findall(r"^### .*?\(([\d½]+) hours.*?\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL)
+    assert len(plans) == 2
+    for hours, plan in plans:
+        minutes = sum(int(n) for row in re.findall(r"^\| ([\d +]+) \|", plan, re.MULTILINE) for n in row.split("+"))
+        assert minutes == 60 * (int(hours.rstrip("½")) + hours.endswith("½") / 2)
 
 
 def test_the_values_file_for_kubernetes_is_whole():
@@ -60,3 +82,7 @@ def test_the_values_file_for_kubernetes_is_whole():
     assert user["extraEnv"]["HF_HUB_OFFLINE"] == "1"
     names = [{volume["name"] for volume in user["storage"][key]} for key in ("extraVolumes", "extraVolumeMounts")]
     assert names[0] == names[1]
+    # the learner's volume hides what the image has in the home folder: the notebooks are pulled into it
+    assert values["hub"]["config"]["KubeSpawner"]["working_dir"] == "/home/jovyan"
+    environment = yaml.safe_load((path.parent.parent / "environment.yml").read_text())
+    assert "nbgitpuller" in environment["dependencies"][-1]["pip"]

@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import socket
 import sys
 from pathlib import Path
 
@@ -23,12 +24,29 @@ def loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def link(address: str, port: int) -> str:
+    """Where a browser finds the page; 0.0.0.0 stands for all addresses of this machine and is none itself."""
+    host = socket.gethostname() if address in ("", "0.0.0.0", "::") else address
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
+        from tornado.netutil import bind_sockets
         from voila.app import Voila
     except ImportError:
         print("The page needs Voila: pip install 'sd3kit[lab]'.", file=sys.stderr)
+        return 2
+    try:
+        for listening in bind_sockets(options.port, options.ip):
+            listening.close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(
+            f"The page cannot be served on {options.ip}, port {options.port} ({reason}): give another --port or --ip.",
+            file=sys.stderr,
+        )
         return 2
     if not loopback(options.ip):
         print(
@@ -37,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     given = [str(PAGE), f"--Voila.ip={options.ip}", f"--port={options.port}", "--show_tracebacks=False"]
+    given.append("--Voila.port_retries=0")  # else Voila looks for a free port itself, which is not the one printed
     if options.no_browser:
         given.append("--no-browser")
-    print(f"The page is at http://{options.ip}:{options.port}/ once it has started; Ctrl-C ends it.")
+    print(f"The page is at {link(options.ip, options.port)} once it has started; Ctrl-C ends it.")
     Voila.launch_instance(given)
     return 0
 

@@ -2,11 +2,12 @@
 
 Each function draws one picture and returns a `Drawn`: the picture, the settings that make it again, the time, and the
 data that the explorer shows. `watch` is told of each step, `stop` ends a drawing within one. The pipeline is left as it
-was: its scheduler's shift, its adapters and its progress bar are put back, and its offloading hooks are freed.
+was: a drawing has a scheduler and a progress bar of its own, adapters are put back, and offloading hooks are freed.
 """
 
 import base64
 import contextlib
+import copy
 import dataclasses
 import html
 import io
@@ -134,6 +135,8 @@ def from_png(source: str | os.PathLike | bytes) -> dict[str, Any]:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             text = image.text.get(KEY)
+    except Image.DecompressionBombError as error:
+        raise ValueError("This picture is too large to be opened.") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError("This file is not a PNG picture.") from error
     if text is None:
@@ -141,13 +144,13 @@ def from_png(source: str | os.PathLike | bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
         return {name: kind(found[name]) for name, kind in SETTINGS.items() if name in found}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError("The settings in this PNG are damaged.") from error
 
 
 # ---- the pipeline, lent for one drawing -----------------------------------------------------------------------------
 
-# One lock for each transformer, since pipelines made of the same parts share its scheduler too; gone with the model.
+# One lock for each transformer, since pipelines made of the same parts share its adapters too; gone with the model.
 _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -173,21 +176,22 @@ def turn(pipe, stop: threading.Event | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lent(pipe, shift: float | None, stop: threading.Event | None) -> Iterator[None]:
-    """The pipeline for one drawing with a shift of its own; put back and freed whatever happens."""
+def _lent(pipe, shift: float, stop: threading.Event | None) -> Iterator[Any]:
+    """A pipeline of the same parts for one drawing, but with a scheduler of its own; freed whatever happens.
+
+    A cell that calls `pipe` meanwhile would else take steps of the same scheduler.
+    """
     with turn(pipe, stop):
-        bar, before = dict(getattr(pipe, "_progress_bar_config", {})), getattr(pipe.scheduler, "shift", None)
-        pipe.set_progress_bar_config(**bar | {"disable": True})  # a thread's bar would land in any cell
-        if shift is not None:
-            pipe.scheduler.set_shift(shift)
+        own = copy.copy(pipe)
+        own.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        own.scheduler.set_shift(shift)
+        # a thread's bar would land in any cell
+        own.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}) | {"disable": True})
         try:
-            yield
+            yield own
         finally:
             # the pipeline does this itself at the end of a call, but not after an error
             pipe.maybe_free_model_hooks()
-            pipe.set_progress_bar_config(**bar)
-            if shift is not None:
-                pipe.scheduler.set_shift(before)
 
 
 class _Watched:
@@ -255,18 +259,19 @@ def _filled(pipe, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(pipe, settings: dict[str, Any], watch: Watch | None, stop: threading.Event | None, call: Callable) -> Drawn:
-    """Draw once with the pipeline lent; `call(arguments)` gets what all pipelines take, and gives the picture."""
+    """Draw once; `call(pipe, arguments)` gets the pipeline lent and what all kinds take, and gives the picture."""
     watched = _Watched(watch, stop)
-    with _lent(pipe, settings.get("shift"), stop):
+    with _lent(pipe, settings["shift"], stop) as own:
         start = time.perf_counter()
         image = call(
+            own,
             {
                 "num_inference_steps": settings["steps"],
                 "guidance_scale": settings["guidance"],
                 "generator": torch.Generator().manual_seed(settings["seed"]),
                 "max_sequence_length": prompt_length(pipe, settings["prompt"], settings["negative_prompt"]),
                 "callback_on_step_end": watched,
-            }
+            },
         )
         seconds = time.perf_counter() - start
     return Drawn(image, settings, seconds, watched.steps, watched.total)
@@ -310,7 +315,7 @@ def text_to_image(
         size=size,
     ))  # fmt: skip
 
-    def call(arguments: dict) -> Image.Image:
+    def call(pipe, arguments: dict) -> Image.Image:
         side = settings["size"]
         return pipe(prompt, negative_prompt=negative_prompt, width=side, height=side, **arguments).images[0]
 
@@ -373,7 +378,7 @@ def _draw_over(
 ) -> Drawn:  # fmt: skip
     """Draw with a pipeline of another kind, built from the parts, that takes the given pictures too."""
 
-    def call(arguments: dict) -> Image.Image:
+    def call(pipe, arguments: dict) -> Image.Image:
         change = kind(**pipe.components)
         change.set_progress_bar_config(disable=True)
         side = settings["size"]
@@ -462,7 +467,7 @@ def inpaint(
 
 
 @torch.no_grad()
-def latent_to_rgb(pipe) -> Callable[[torch.Tensor], Image.Image]:
+def latent_to_rgb(pipe, stop: threading.Event | None = None) -> Callable[[torch.Tensor], Image.Image]:
     """A quick look at latents without the decoder: one colour for each place, linear in its channels.
 
     The map is fitted by least squares on eight pictures of random patches that this pipeline's autoencoder encodes, so
@@ -470,14 +475,19 @@ def latent_to_rgb(pipe) -> Callable[[torch.Tensor], Image.Image]:
 
     Returns:
         A function from latents (1, 16, h, w) to a picture of w x h pixels.
+
+    Raises:
+        Stopped: `stop` was set while another drawing ran on this pipeline.
     """
     config, factor = pipe.vae.config, pipe.vae_scale_factor
     patches = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures = interpolate(patches, (LATENTS * factor, LATENTS * factor), mode="nearest")
-    with turn(pipe):
-        given = pictures.to(pipe._execution_device, pipe.vae.dtype)
-        encoded = pipe.vae.encode(given).latent_dist.mode().float().cpu()
-        pipe.maybe_free_model_hooks()
+    with turn(pipe, stop):
+        try:
+            given = pictures.to(pipe._execution_device, pipe.vae.dtype)
+            encoded = pipe.vae.encode(given).latent_dist.mode().float().cpu()
+        finally:
+            pipe.maybe_free_model_hooks()
     latents = (encoded - (config.shift_factor or 0)) * config.scaling_factor
     flat = _with_one(latents).flatten(0, 2)
     weights = torch.linalg.lstsq(flat, avg_pool2d(pictures, factor).permute(0, 2, 3, 1).flatten(0, 2)).solution
@@ -517,7 +527,8 @@ def schedule(pipe, prompt: str, *, watch: Watch | None = None, look: Callable | 
     Raises:
         ValueError, Stopped: as in `text_to_image`.
     """
-    previews, look = [], look or latent_to_rgb(pipe)
+    check(pipe, {"prompt": prompt, **settings})  # before the wait for another drawing
+    previews, look = [], look or latent_to_rgb(pipe, settings.get("stop"))
 
     def keep(step: Step) -> None:
         previews.append(look(step.latents))
@@ -565,6 +576,7 @@ def attention(
     look_at: Sequence[str] | None = None,
     seed: int = 0,
     steps: int = 28,
+    size: int | None = None,
     watch: Watch | None = None,
     stop: threading.Event | None = None,
 ) -> Drawn:
@@ -572,7 +584,8 @@ def attention(
 
     Args:
         look_at: words of the prompt; None is each of them.
-        (the others as in `text_to_image`)
+        (the others as in `text_to_image`; SD3 Medium at 1024 pixels takes some 4 GB more than there, for one layer's
+        attention in the open)
 
     Returns:
         A `Drawn` whose data has `words`, and `raw` and `concept`, both (words, steps, layers, rows, columns).
@@ -580,15 +593,14 @@ def attention(
     Raises:
         ValueError: also for a word that is not in the prompt. Stopped: as in `text_to_image`.
     """
-    settings = dict(prompt=prompt, negative_prompt="", seed=seed, steps=steps, guidance=7.0)
-    settings = _filled(pipe, settings)
+    settings = _filled(pipe, dict(prompt=prompt, negative_prompt="", seed=seed, steps=steps, guidance=7.0, size=size))
     chosen = list(look_at) if look_at is not None else words_of(prompt)
     watched = _Watched(watch, stop)
-    with _lent(pipe, settings["shift"], stop):
+    with _lent(pipe, settings["shift"], stop) as own:
         start = time.perf_counter()
-        length = prompt_length(pipe, prompt)
-        given = {"max_sequence_length": length, "guidance_scale": settings["guidance"]}
-        found = words.maps(pipe, prompt, chosen, seed=seed, steps=steps, callback=watched, **given)
+        length, side = prompt_length(pipe, prompt), settings["size"]
+        given = {"max_sequence_length": length, "guidance_scale": settings["guidance"], "width": side, "height": side}
+        found = words.maps(own, prompt, chosen, seed=seed, steps=steps, callback=watched, **given)
         seconds = time.perf_counter() - start
     data = {"words": chosen, "raw": found["raw"], "concept": found["concept"]}
     return Drawn(found["image"], settings, seconds, watched.steps, watched.total, data)
@@ -726,7 +738,7 @@ def encoders(
     ))  # fmt: skip
 
     @torch.no_grad()
-    def call(arguments: dict) -> Image.Image:
+    def call(pipe, arguments: dict) -> Image.Image:
         embeds, empty, pooled, empty_pooled = pipe.encode_prompt(
             prompt, None, None, negative_prompt=negative_prompt, max_sequence_length=arguments["max_sequence_length"]
         )

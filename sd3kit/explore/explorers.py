@@ -78,8 +78,10 @@ def _text(label: str, value: str = "") -> widgets.Text:
 
 
 def uploaded(widget: widgets.FileUpload) -> bytes | None:
-    """The file in an upload button, in the form of ipywidgets 7 or 8; None where there is none."""
+    """Take the file out of an upload button, in the form of ipywidgets 7 or 8; None where there is none."""
     files = list(widget.value.values()) if isinstance(widget.value, Mapping) else list(widget.value)
+    # empty again, or the same file would be no change the next time; 7's trait is read-only but for this
+    widget.set_trait("value", type(widget.value)())
     return bytes(files[-1]["content"]) if files else None
 
 
@@ -87,11 +89,13 @@ def opened(data: bytes) -> Image.Image:
     """A picture from an uploaded file.
 
     Raises:
-        ValueError: it is no picture.
+        ValueError: it is no picture, or too large a one.
     """
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError("This picture is too large to be opened: make it smaller first.") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError("This file is not a picture that can be read: use a PNG or JPEG.") from error
     return image
@@ -102,7 +106,7 @@ def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     first = (lines[0] if lines else "")[:240]
     if "out of memory" in first.lower():
-        return "The memory is full: choose a smaller size or fewer steps, or start the kernel anew."
+        return "The memory is full: choose a smaller size, or start the kernel anew."
     return first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"
 
 
@@ -176,8 +180,11 @@ class Explorer(widgets.VBox):
         """The controls' values, by name."""
         return {name: control.value for name, control in self.inputs.items()}
 
-    def restore(self, settings: Mapping[str, Any]) -> None:
+    def restore(self, settings: Mapping[str, Any]) -> list[str]:
         """Set the controls that these settings name, without drawing.
+
+        Returns:
+            The names for which there is no control.
 
         Raises:
             ValueError: a value that a control does not offer; the controls stay as they were.
@@ -196,6 +203,26 @@ class Explorer(widgets.VBox):
                     for other, old in before.items():
                         self.inputs[other].value = old
                     raise ValueError(f"This explorer cannot show {name} {value}.")
+        return [name for name in settings if name not in self.inputs]
+
+    def png_button(self) -> widgets.FileUpload:
+        """A button that takes the settings from an uploaded PNG, and draws with them if they are all known here."""
+        button = upload_button("Settings from a PNG", ".png")
+        button.observe(lambda _: self._from_png(uploaded(button)), "value")
+        return button
+
+    def _from_png(self, data: bytes | None) -> None:
+        if data is None:
+            return
+        try:
+            unknown = self.restore(drawing.from_png(data))
+        except ValueError as error:
+            self.say(one_line(error), error=True)
+            return
+        if unknown:
+            self.say(f"This explorer has no {' or '.join(unknown)}: press Draw to use the other settings.")
+        else:
+            self.start()
 
     # -- work
 
@@ -220,10 +247,10 @@ class Explorer(widgets.VBox):
         """Wait in a script until the drawing has ended; False where `timeout` seconds were not enough."""
         return self._worker.wait(timeout)
 
-    def look(self) -> Callable:
-        """The preview's map for this pipeline, fitted when it is first needed."""
+    def look(self, stop: threading.Event | None = None) -> Callable:
+        """The preview's map for this pipeline, fitted when it is first needed; `stop` ends the wait for its turn."""
         if self._look is None:
-            self._look = drawing.latent_to_rgb(self.pipe)
+            self._look = drawing.latent_to_rgb(self.pipe, stop)
         return self._look
 
     def _changed(self, change: Mapping[str, Any]) -> None:
@@ -260,7 +287,8 @@ class Explorer(widgets.VBox):
                 if self._shows is token and not stop.is_set():
                     self.say("Drawing…")
                     self._stop.button_style = "warning"
-            self.look()
+            drawing.check(self.pipe, settings)  # before the wait for another explorer's drawing
+            self.look(stop)
             drawn = self.draw(settings, watch, stop)
         except drawing.Stopped:
             pass
@@ -410,11 +438,10 @@ class TextToImage(Explorer):
 
     def __init__(self, pipe, prompt: str = IDEAS[0], *, ideas: tuple[str, ...] = IDEAS, live: bool | None = None):
         inputs = prompt_inputs(pipe, prompt)
-        idea = _input(widgets.Dropdown, "Ideas", options=[("choose one", ""), *((idea, idea) for idea in ideas)])
-        idea.observe(self._take_idea, "value")
-        self._file = upload_button("Settings from a PNG", ".png")
-        self._file.observe(self._from_png, "value")
-        others = (idea, _row(seed_button(inputs), self._file))
+        self._ideas = _input(widgets.Dropdown, "Ideas", options=[("choose one", ""), *((idea, idea) for idea in ideas)])
+        self._ideas.observe(self._take_idea, "value")
+        inputs["prompt"].observe(self._leave_idea, "value")
+        others = (self._ideas, _row(seed_button(inputs), self.png_button()))
         super().__init__(pipe, "Text to image", inputs, others=others, live=live)
 
     def draw(self, settings, watch, stop):
@@ -424,16 +451,10 @@ class TextToImage(Explorer):
         if change["new"]:
             self.inputs["prompt"].value = change["new"]
 
-    def _from_png(self, change: Mapping[str, Any]) -> None:
-        data = uploaded(self._file)
-        if data is None:
-            return
-        try:
-            self.restore(drawing.from_png(data))
-        except ValueError as error:
-            self.say(one_line(error), error=True)
-        else:
-            self.start()
+    def _leave_idea(self, change: Mapping[str, Any]) -> None:
+        # only now: a box that is reset at once would let arrow keys reach the first idea alone
+        if change["new"] != self._ideas.value:
+            self._ideas.value = ""
 
 
 class ImageToImage(Explorer):
@@ -479,7 +500,7 @@ class ImageToImage(Explorer):
             )
             take.on_click(lambda _: self._take(source))
             buttons.insert(0, take)
-        first, others = (_row(*buttons), self._before), (seed_button(inputs),)
+        first, others = (_row(*buttons), self._before), (_row(seed_button(inputs), self.png_button()),)
         super().__init__(pipe, "Image to image and inpainting", inputs, first=first, others=others, live=live)
         for name in ("mask", "across", "down", "size"):
             self.inputs[name].observe(lambda _: self._show_before(), "value")
@@ -586,8 +607,8 @@ class Attention(Explorer):
     """Where words look: draw once, then pick a word, a layer, a step and a method."""
 
     def __init__(self, pipe, prompt: str = IDEAS[0], *, live: bool | None = None):
-        shared = prompt_inputs(pipe, prompt, size=False, negative=False, shift=False)
-        inputs = {name: shared[name] for name in ("prompt", "seed", "steps")}
+        shared = prompt_inputs(pipe, prompt, negative=False, shift=False)
+        inputs = {name: shared[name] for name in ("prompt", "seed", "steps", "size")}
         layers = [("all", ALL), *((str(n + 1), n) for n in range(len(pipe.transformer.transformer_blocks)))]
         methods = [("attention weights", "raw"), ("ConceptAttention", "concept")]
         self.views = {
@@ -678,7 +699,7 @@ def page(model: str | None = None) -> widgets.VBox:
     text = TextToImage(pipe)
     title = (
         "<h1>Try Stable Diffusion 3</h1><p>Say what to draw, or choose an idea, and press Draw. The same seed and the "
-        "same words give the same picture. What you type stays on this machine.</p>"
+        "same words give the same picture. What you type goes to the machine that serves this page, and no further.</p>"
     )
     both = widgets.VBox([widgets.HTML(title), text, ImageToImage(pipe, source=text)])
     both.add_class("sd3kit-page")
