@@ -267,6 +267,7 @@ def test_tiling_at_the_models_own_size_does_nothing(runner):
         ("model_offload", "requires accelerator"),
         ("sequential_offload", "requires accelerator"),
         ("group_offload_stream", "streams"),
+        ("encoders_offload_stream", "streams"),
         ("transformer_nf4", "GPU"),
     ],
 )
