@@ -64,6 +64,7 @@ def train(options: argparse.Namespace) -> int:
     if options.start and not (options.start / "model_index.json").exists():
         print(f"error: --start: {options.start} is no pipeline's folder (no model_index.json there).", file=sys.stderr)
         return 2
+    options.work.mkdir(parents=True, exist_ok=True)
     art, transformer = Art(options.work), None
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start / "vae", use_safetensors=True).float()
