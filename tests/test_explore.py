@@ -659,6 +659,7 @@ def test_the_page_is_served_on_this_machine_only_unless_told(monkeypatch, capsys
         port = taken.getsockname()[1]
         assert serve.main(["--port", str(port)]) == 2
         assert f"cannot be served on 127.0.0.1, port {port} (" in capsys.readouterr().err
+    assert serve.main(["--port", str(2**16 + port)]) == 2 and "1 to 65535" in capsys.readouterr().err
     assert serve.main(["--no-browser", "--port", str(port)]) == 0
     said = capsys.readouterr()
     assert "--Voila.ip=127.0.0.1" in given[0] and "--Voila.port_retries=0" in given[0]

@@ -38,15 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("The page needs Voila: pip install 'sd3kit[lab]'.", file=sys.stderr)
         return 2
+    where = f"{options.ip}, port {options.port}"
     try:
+        if not 0 < options.port < 2**16:  # the system would take the remainder
+            raise OSError(0, "ports go from 1 to 65535")
         for listening in bind_sockets(options.port, options.ip):
             listening.close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        print(
-            f"The page cannot be served on {options.ip}, port {options.port} ({reason}): give another --port or --ip.",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        print(f"The page cannot be served on {where} ({error.strerror}): give another --port or --ip.", file=sys.stderr)
         return 2
     if not loopback(options.ip):
         print(

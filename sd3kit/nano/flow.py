@@ -60,7 +60,7 @@ class Part:
     size: int
 
 
-PARTS = (Part(("single", "single", "pair", "count"), 16), Part(("sign",), 16))
+PARTS = (Part(("single",) * 4 + ("pair",) * 3 + ("count",), 24), Part(("sign",), 8))
 
 
 def optimizers(
