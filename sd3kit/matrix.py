@@ -1,7 +1,7 @@
-"""What works on SD3: each optimisation of diffusers tried on a small random SD3 transformer, with and without QK-norm.
+"""What works on SD3: each optimisation of diffusers tried on a small random SD3, with and without QK-norm.
 
 A feature "works" only when its mechanism is seen at work (a hook that fired, a type, a count) and the output is that of
-the unmodified model.
+the unmodified model. Most change the transformer, some the autoencoder or the pipeline.
 """
 
 import dataclasses
@@ -9,38 +9,53 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from unittest import mock
 
+import diffusers
 import torch
-from diffusers import CacheMixin, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    BitsAndBytesConfig,
+    CacheMixin,
+    ContextParallelConfig,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 from .speedups import BlockCache
 
-FEATURES: dict[str, tuple[Callable, float]] = {}
+FEATURES: dict[str, "Feature"] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """One row: what a feature did on a model with that `qk_norm`.
 
-    `verdict` is "works", "raises", "no effect" or "changes the result"; `detail` says with what or by how much.
+    `verdict` is "works", "raises", "no effect" or "changes the result"; `detail` says with what or by how much;
+    `version` is that of diffusers.
     """
 
     feature: str
     qk_norm: str | None
     verdict: str
     detail: str
+    version: str = diffusers.__version__
 
 
-def feature(tolerance: float = 1e-4) -> Callable:
-    """Register a feature: a function that changes a model and returns a proof, called after the forward pass, that its
-    mechanism was active. `tolerance` is the relative change of the output that still counts as the same."""
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """`build(qk_norm)` makes what `change` then changes; `run` gives its output before and after.
 
-    def register(change: Callable) -> Callable:
-        FEATURES[change.__name__] = change, tolerance
-        return change
+    `change` returns a proof: called after the second run, it says how its mechanism was active, or something false.
+    `tolerance` is the relative change of the output that still counts as the same.
+    """
 
-    return register
+    change: Callable
+    tolerance: float
+    build: Callable
+    run: Callable
 
 
 def small(qk_norm: str | None) -> SD3Transformer2DModel:
@@ -63,19 +78,63 @@ def run(model: torch.nn.Module) -> torch.Tensor:
     return model(*inputs, timestep=torch.full((2,), 500.0)).sample
 
 
+def small_vae(_qk_norm: str | None) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        latent_channels=16, block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def decode(vae: AutoencoderKL) -> torch.Tensor:
+    """Two latents of 16 places a side, decoded."""
+    return vae.decode(torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))).sample
+
+
+def small_pipeline(qk_norm: str | None) -> StableDiffusion3Pipeline:
+    """The small transformer in a pipeline that takes embeddings of prompts."""
+    pipe = StableDiffusion3Pipeline(
+        transformer=small(qk_norm), scheduler=FlowMatchEulerDiscreteScheduler(), vae=small_vae(None),
+        **{name: None for encoder in ("", "_2", "_3") for name in (f"text_encoder{encoder}", f"tokenizer{encoder}")},
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
+    """Two steps to a latent."""
+    make = torch.Generator().manual_seed(1)
+    embeds, pooled = torch.randn(1, 7, 32, generator=make), torch.randn(1, 32, generator=make)
+    return pipe(
+        prompt_embeds=embeds, pooled_prompt_embeds=pooled, guidance_scale=1.0, num_inference_steps=2, height=16, width=16,
+        generator=make, output_type="latent",
+    ).images  # fmt: skip
+
+
+def feature(tolerance: float = 1e-4, build: Callable = small, run: Callable = run) -> Callable:
+    """Register a change of a model as a `Feature`."""
+
+    def register(change: Callable) -> Callable:
+        FEATURES[change.__name__] = Feature(change, tolerance, build, run)
+        return change
+
+    return register
+
+
 def outcome(name: str, qk_norm: str | None) -> Outcome:
     """Try one feature."""
-    change, tolerance = FEATURES[name]
-    model = small(qk_norm)
-    plain = run(model)
+    tried = FEATURES[name]
+    model = tried.build(qk_norm)
+    plain = tried.run(model)
     try:
-        proof = change(model)
-        out = run(model)
+        proof = tried.change(model)
+        out = tried.run(model)
     except Exception as error:
         words = (str(error).strip().splitlines() or [""])[0]
         return Outcome(name, qk_norm, "raises", f"{type(error).__name__}: {words}"[:120])
     far = ((out - plain).norm() / plain.norm()).item()
-    if far > tolerance:
+    if far > tried.tolerance:
         return Outcome(name, qk_norm, "changes the result", f"by {far:.1%}")
     seen = proof()
     return Outcome(name, qk_norm, "works" if seen else "no effect", f"{seen}; change {far:.0e}" if seen else "")
@@ -132,16 +191,45 @@ def torchao_float8(model):
     return lambda: type(model.transformer_blocks[0].attn.to_q.weight).__name__ != "Parameter" and "quantised weights"
 
 
+def quantised(model, config):
+    """Let the model run a copy of itself that was loaded in fewer bits."""
+    with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
+        model.save_pretrained(folder)
+        loaded = SD3Transformer2DModel.from_pretrained(folder, quantization_config=config)
+    model.forward = loaded.forward
+    return lambda: f"{type(loaded.transformer_blocks[0].attn.to_q.weight).__name__} weights"
+
+
+@feature(tolerance=0.1)
+def bitsandbytes_int8(model):
+    return quantised(model, BitsAndBytesConfig(load_in_8bit=True))
+
+
+@feature(tolerance=0.3)
+def bitsandbytes_nf4(model):
+    return quantised(model, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+
+
+def count_loads(module):
+    """How often the group of a module's hook is brought to its device from now on."""
+    group, loads = module._diffusers_hook.get_hook("group_offloading").group, []
+    bring = group.onload_
+    group.onload_ = lambda: (loads.append(1), bring())
+    return loads
+
+
 @feature()
 def group_offload_leaf(model):
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    return lambda: hasattr(model.proj_out, "_diffusers_hook") and "hooks on each layer"
+    loads = count_loads(model.proj_out)
+    return lambda: loads and f"the last layer was brought {len(loads)} time"
 
 
 @feature()
 def group_offload_block(model):
     model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    return lambda: hasattr(model.transformer_blocks[0], "_diffusers_hook") and "hooks on each block"
+    loads = count_loads(model.transformer_blocks[1])
+    return lambda: loads and f"the second block was brought {len(loads)} time"
 
 
 @feature()
@@ -158,11 +246,43 @@ def group_offload_stream(model):
     return lambda: "streams"
 
 
+@feature(build=small_pipeline, run=draw)
+def model_cpu_offload(pipe):
+    pipe.enable_model_cpu_offload()
+    return lambda: hasattr(pipe.transformer, "_hf_hook") and "a hook on the transformer"
+
+
+@feature(build=small_pipeline, run=draw)
+def sequential_cpu_offload(pipe):
+    pipe.enable_sequential_cpu_offload()
+    return lambda: hasattr(pipe.transformer.proj_out, "_hf_hook") and "hooks on each layer"
+
+
+@feature(build=small_vae, run=decode)
+def vae_slicing(vae):
+    sizes = []
+    vae.enable_slicing()
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[0]))
+    return lambda: sizes == [1, 1] and "the decoder sees one of the batch at a time"
+
+
+@feature(tolerance=0.05, build=small_vae, run=decode)
+def vae_tiling(vae):
+    """Each tile is normalised by itself, and the seams are blended: not the same picture, only a like one."""
+    tiles = []
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 16
+    vae.decoder.register_forward_pre_hook(lambda *_: tiles.append(1))
+    return lambda: len(tiles) > 1 and f"{len(tiles)} tiles"
+
+
 @feature()
 def set_attention_backend(model):
-    model.set_attention_backend("native")
+    backends = ("native", "_native_math", "flex")
     processor = model.transformer_blocks[0].attn.processor
-    return lambda: getattr(processor, "_attention_backend", None) is not None and "the processor has a backend"
+    for backend in backends:
+        model.set_attention_backend(backend)
+    return lambda: getattr(processor, "_attention_backend", None) in backends and "the processor has a backend"
 
 
 @feature()
@@ -218,4 +338,11 @@ def sd3kit_block_cache(model):
 
 @feature()
 def context_parallel(model):
-    return lambda: getattr(model, "_cp_plan", None) is not None and "a plan"
+    """As on the first of two processes with a GPU each; the group is torch's stand-in that moves nothing."""
+    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=2)
+    try:
+        with mock.patch("torch.accelerator.device_count", return_value=2):
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    finally:
+        torch.distributed.destroy_process_group()
+    return lambda: "the tokens are shared out"

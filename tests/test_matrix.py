@@ -12,10 +12,16 @@ ROWS = [
     ("layerwise_casting", "works", "works"),
     ("torchao_int8", "works", "works"),
     ("torchao_float8", "works", "works"),
+    ("bitsandbytes_int8", "raises", "raises"),
+    ("bitsandbytes_nf4", "raises", "raises"),
     ("group_offload_leaf", "works", "works"),
     ("group_offload_block", "works", "works"),
     ("group_offload_disk", "works", "works"),
     ("group_offload_stream", "raises", "raises"),
+    ("model_cpu_offload", "raises", "raises"),
+    ("sequential_cpu_offload", "raises", "raises"),
+    ("vae_slicing", "works", "works"),
+    ("vae_tiling", "changes the result", "changes the result"),
     ("set_attention_backend", "no effect", "no effect"),
     ("compile_whole", "works", "works"),
     ("compile_repeated_blocks", "raises", "raises"),
@@ -24,7 +30,7 @@ ROWS = [
     ("first_block_cache", "raises", "raises"),
     ("first_block_cache_in_a_context", "raises", "raises"),
     ("sd3kit_block_cache", "works", "works"),
-    ("context_parallel", "no effect", "no effect"),
+    ("context_parallel", "raises", "raises"),
 ]
 
 
@@ -44,3 +50,7 @@ def test_a_feature_does_what_the_lesson_says(row, qk_norm):
 
 def test_first_block_cache_stops_at_the_last_block_even_in_a_context():
     assert "NoneType" in matrix.outcome("first_block_cache_in_a_context", None).detail
+
+
+def test_context_parallelism_wants_a_plan_that_sd3_does_not_have():
+    assert "cp_plan" in matrix.outcome("context_parallel", None).detail
