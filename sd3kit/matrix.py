@@ -107,8 +107,8 @@ def draw(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
     make = torch.Generator().manual_seed(1)
     embeds, pooled = torch.randn(1, 7, 32, generator=make), torch.randn(1, 32, generator=make)
     return pipe(
-        prompt_embeds=embeds, pooled_prompt_embeds=pooled, guidance_scale=1.0, num_inference_steps=2, height=16, width=16,
-        generator=make, output_type="latent",
+        prompt_embeds=embeds, pooled_prompt_embeds=pooled, guidance_scale=1.0, num_inference_steps=2,
+        height=16, width=16, generator=make, output_type="latent",
     ).images  # fmt: skip
 
 

@@ -112,8 +112,14 @@ def test_steps_measured_again_in_part():
     row = {"side": 128, "shift": 3.0, "steps": 14}
     stored, again = stored_row("steps", **row), drawing.steps(row, count=12)
     assert all(shares_agree(stored[name], again[name], 12) for name in ("background", "subject", "style"))
-    assert again["distance"]["low"] <= stored["distance"]["high"]
-    assert again["distance"]["high"] >= stored["distance"]["low"]
+    assert again["each"] == pytest.approx(stored["each"][:12], rel=0.05, abs=2)  # the same prompts and seeds
+
+
+def test_guidance_measured_again_in_part():
+    stored = stored_row("guidance", **{"guidance scale": 7.0})
+    assert drawing.guidance({"guidance scale": 7.0}, count=6)["each"] == pytest.approx(
+        stored["each"][:6], rel=0.05, abs=2
+    )
 
 
 def test_decided_measured_again_in_part():

@@ -77,29 +77,38 @@ def encoders(row: dict, count: int = 60) -> dict:
     return found | {"text": tally(judge, drawn[count:], asked[count:])["text"]}
 
 
-def steps(row: dict, count: int = 40) -> dict:
-    """Adherence, and the distance to the art that was asked for, by shift, number of steps and size."""
+def drawn_right(asked: Sequence[scenes.Scene], **settings) -> dict:
+    """Adherence of single subjects, and the distance to the art that was asked for: its mean, and of each picture."""
     pipe, judge = tools()
-    asked = ask("single", count, judge.subjects, False, 12)
     names, styles = [subject.name for subject in judge.subjects], list(scenes.STYLES)
+    drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **settings)
+    far = []
+    for image, scene in zip(drawn, asked, strict=True):
+        distances = judge.distances(image)
+        distance = distances[names.index(scene.subjects[0].name), styles.index(scene.style)]
+        far.append(round(float(min(np.sqrt(distance), 128.0)), 2))  # of 255; where nothing is seen, half the range
+    return tally(judge, drawn, asked) | {"distance": mean(far), "each": far}
+
+
+def steps(row: dict, count: int = 40) -> dict:
+    """Adherence and distance by shift, number of steps and size; the same prompts and seeds in each row."""
+    pipe, judge = tools()
     shift = pipe.scheduler.config.shift
     pipe.scheduler.set_shift(row["shift"])
     try:
-        drawn = pictures(
-            pipe,
-            [scenes.caption(scene) for scene in asked],
+        return drawn_right(
+            ask("single", count, judge.subjects, False, 12),
             num_inference_steps=row["steps"],
             width=row["side"],
             height=row["side"],
         )
     finally:
         pipe.scheduler.set_shift(shift)
-    far = []
-    for image, scene in zip(drawn, asked, strict=True):
-        distances = judge.distances(image)
-        distance = distances[names.index(scene.subjects[0].name), styles.index(scene.style)]
-        far.append(float(min(np.sqrt(distance), 128.0)))  # of 255; where nothing is seen, half the range
-    return tally(judge, drawn, asked) | {"distance": mean(far)}
+
+
+def guidance(row: dict, count: int = 40) -> dict:
+    """Adherence and distance by guidance scale, on the prompts and seeds of `steps`."""
+    return drawn_right(ask("single", count, tools()[1].subjects, False, 12), guidance_scale=row["guidance scale"])
 
 
 def switch_prompts(pipe, first: list[str], second: list[str], after: int) -> list[Image.Image]:
@@ -192,6 +201,11 @@ STUDIES = {
             for n in ((4, 8, 14, 28) if side == 128 else (14,))
         ],
         steps,
+    ),
+    "guidance": Study(
+        "guidance scale: adherence and distance to the art",
+        [{"guidance scale": scale} for scale in (1.0, 2.0, 4.0, 7.0, 12.0, 20.0)],
+        guidance,
     ),
     "decided": Study(
         "at which sigma background, style, subject and letters are decided",
