@@ -52,6 +52,12 @@ def test_rows_of_other_weights_are_measured_again(tmp_path):
     assert len(calls) == 2 and len(study.load("squares", tmp_path)) == 1
 
 
+def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
+    records.run("squares", counted([{"n": 2}])[0], tmp_path)
+    records.run("squares", counted([{"n": 1}, {"n": 2}, {"n": 3}])[0], tmp_path)
+    assert [r["row"]["n"] for r in study.load("squares", tmp_path)] == [1, 2, 3]
+
+
 def test_two_processes_share_the_rows(tmp_path):
     script = tmp_path / "squares.py"
     script.write_text(

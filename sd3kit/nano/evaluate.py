@@ -196,14 +196,7 @@ def best_median_worst(pipe, judge: Judge, count: int = 24, each: int = 8) -> sho
     """Held-out single subjects, sorted by the distance to the art that was asked for: three rows from both ends."""
     asked = ask("single", count, judge.subjects, True, 7)
     drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], seed=1000)
-    rows = {subject.name: i for i, subject in enumerate(judge.subjects)}
-    styles = list(scenes.STYLES)
-
-    def far(i: int) -> float:
-        scene = asked[i]
-        return float(judge.distances(drawn[i])[rows[scene.subjects[0].name], styles.index(scene.style)])
-
-    order = sorted(range(count), key=far)
+    order = sorted(range(count), key=lambda i: judge.distance(drawn[i], asked[i].subjects[0].name, asked[i].style))
     middle = (count - each) // 2
     chosen = order[:each] + order[middle : middle + each] + order[-each:]
     return show.grid(

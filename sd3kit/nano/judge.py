@@ -128,6 +128,11 @@ class Judge:
         templates = self._at(tuple(min(255, int(v)) for v in (colour / 4).round() * 4))
         return np.square(templates - cut).mean((2, 3, 4))
 
+    def distance(self, image: Image.Image, subject: str, style: str) -> float:
+        """The root mean square distance (of 255) to one subject's art in one style; inf where nothing is seen."""
+        row = [each.name for each in self.subjects].index(subject)
+        return float(np.sqrt(self.distances(image)[row, list(scenes.STYLES).index(style)]))
+
     def subject(self, image: Image.Image, box: Box = WHOLE) -> tuple[str, str] | None:
         """The subject's name and its style, or None where the box holds only background."""
         distances = self.distances(image, box)

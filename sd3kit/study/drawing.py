@@ -77,38 +77,36 @@ def encoders(row: dict, count: int = 60) -> dict:
     return found | {"text": tally(judge, drawn[count:], asked[count:])["text"]}
 
 
-def drawn_right(asked: Sequence[scenes.Scene], **settings) -> dict:
-    """Adherence of single subjects, and the distance to the art that was asked for: its mean, and of each picture."""
+def drawn_right(count: int, **settings) -> dict:
+    """Adherence of single subjects, and the distance to the art that was asked for: its mean, and of each picture.
+
+    The prompts and seeds are the same whatever the settings, so that rows can be compared picture by picture.
+    """
     pipe, judge = tools()
-    names, styles = [subject.name for subject in judge.subjects], list(scenes.STYLES)
+    asked = ask("single", count, judge.subjects, False, 12)
     drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **settings)
-    far = []
-    for image, scene in zip(drawn, asked, strict=True):
-        distances = judge.distances(image)
-        distance = distances[names.index(scene.subjects[0].name), styles.index(scene.style)]
-        far.append(round(float(min(np.sqrt(distance), 128.0)), 2))  # of 255; where nothing is seen, half the range
+    far = [
+        # where nothing is seen, half the range
+        round(min(judge.distance(image, scene.subjects[0].name, scene.style), 128.0), 2)
+        for image, scene in zip(drawn, asked, strict=True)
+    ]
     return tally(judge, drawn, asked) | {"distance": mean(far), "each": far}
 
 
 def steps(row: dict, count: int = 40) -> dict:
-    """Adherence and distance by shift, number of steps and size; the same prompts and seeds in each row."""
-    pipe, judge = tools()
+    """Adherence and distance by shift, number of steps and size."""
+    pipe, _ = tools()
     shift = pipe.scheduler.config.shift
     pipe.scheduler.set_shift(row["shift"])
     try:
-        return drawn_right(
-            ask("single", count, judge.subjects, False, 12),
-            num_inference_steps=row["steps"],
-            width=row["side"],
-            height=row["side"],
-        )
+        return drawn_right(count, num_inference_steps=row["steps"], width=row["side"], height=row["side"])
     finally:
         pipe.scheduler.set_shift(shift)
 
 
 def guidance(row: dict, count: int = 40) -> dict:
-    """Adherence and distance by guidance scale, on the prompts and seeds of `steps`."""
-    return drawn_right(ask("single", count, tools()[1].subjects, False, 12), guidance_scale=row["guidance scale"])
+    """Adherence and distance by guidance scale."""
+    return drawn_right(count, guidance_scale=row["guidance scale"])
 
 
 def switch_prompts(pipe, first: list[str], second: list[str], after: int) -> list[Image.Image]:

@@ -55,9 +55,7 @@ def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
     path, state, mark = folder / f"{name}.jsonl", processes(), weights(study.parts)
     stored = [r for r in load(name, folder) if r["weights"] == mark] if path.exists() else []
     if state.is_main_process:  # rows of other weights go
-        whole = path.with_suffix(".part")
-        whole.write_text("".join(json.dumps(r) + "\n" for r in stored), encoding="utf-8")
-        os.replace(whole, path)
+        write(path, stored)
     state.wait_for_everyone()
     missing = [row for row in study.rows if not any(r["row"] == row for r in stored)]
     stamp = measure.stamp(f"python -m sd3kit.study {name}") | {"weights": mark}
@@ -67,6 +65,17 @@ def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
             with path.open("a", encoding="utf-8") as file:  # one short write: lines of processes do not mix
                 file.write(line)
     state.wait_for_everyone()
+    if state.is_main_process:  # processes finish in any order; readers get the study's
+        place = {json.dumps(row): i for i, row in enumerate(study.rows)}
+        write(path, sorted(load(name, folder), key=lambda r: place.get(json.dumps(r["row"]), len(place))))
+    state.wait_for_everyone()
+
+
+def write(path: Path, records: Sequence[dict]) -> None:
+    """Replace the file as a whole, or not at all."""
+    whole = path.with_suffix(".part")
+    whole.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    os.replace(whole, path)
 
 
 def mean(values: Sequence[float]) -> dict:
