@@ -43,7 +43,7 @@ def test_structure(pipe):
 
 def test_folder_is_small_and_safe():
     files = [f for f in NANO.rglob("*") if f.is_file() and f.suffix != ".pyc"]
-    assert sum(f.stat().st_size for f in files) <= 24 * 2**20
+    assert sum(f.stat().st_size for f in files) <= 24_000_000
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
