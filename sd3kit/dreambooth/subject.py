@@ -10,18 +10,20 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..nano.art import LARGE
 from ..nano.judge import TEMPLATES, Judge
 from ..nano.scenes import COLOURS, STYLES
 
 PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges
-# Background, pose (lean in degrees, arms up or down), and where the robot's middle stands, in pixels.
+# Background, arms up or down, and where the robot's middle stands, in pixels. It is as large as nano's own single
+# subjects and on whole cells of its grid (`nano.art`), so that what is new in these pictures is the robot alone.
 PLACES = (
-    ("yellow", 0, False, (64, 64), 1.0),
-    ("white", 8, True, (60, 66), 0.92),
-    ("teal", -8, False, (68, 62), 0.95),
-    ("pink", 0, True, (64, 68), 0.88),
-    ("gray", 6, False, (62, 64), 1.0),
+    ("yellow", False, (64, 64)),
+    ("white", True, (64, 64)),
+    ("teal", False, (48, 64)),
+    ("pink", True, (80, 64)),
+    ("gray", False, (64, 64)),
 )
 BODY, BELT, EYE, PUPIL = (112, 214, 60), (243, 120, 30), (255, 255, 255), (30, 30, 60)
 LIMB, BULB, SHOE = (70, 90, 110), (225, 40, 60), (60, 60, 170)
@@ -60,12 +62,11 @@ def robot(arms_up: bool = False) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def picture(colour: str, lean: float, arms_up: bool, middle: tuple[int, int], scale: float) -> Image.Image:
+def picture(colour: str, arms_up: bool, middle: tuple[int, int]) -> Image.Image:
     """The robot on a flat background of one of nano's colours, 128 px."""
-    side = round(SIDE * scale)
-    alone = robot(arms_up).rotate(lean, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.LANCZOS)
+    alone = robot(arms_up).resize((LARGE, LARGE), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (SIDE, SIDE), COLOURS[colour])
-    canvas.alpha_composite(alone, (max(0, middle[0] - side // 2), max(0, middle[1] - side // 2)))
+    canvas.alpha_composite(alone, (middle[0] - LARGE // 2, middle[1] - LARGE // 2))
     return canvas.convert("RGB")
 
 
