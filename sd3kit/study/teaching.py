@@ -36,6 +36,7 @@ BASE = dict(
     cache_latents=True,
     report_to="none",
 )
+DRAWING = dict(num_inference_steps=14, max_sequence_length=BASE["max_sequence_length"])  # as it was trained
 FULL = dict(full_finetuning=True, lora_layers=None, learning_rate=1e-3)
 PRIOR = dict(with_prior_preservation=True, class_prompt="a robot", num_class_images=10, sample_batch_size=10)
 # One change to BASE each; a caption that does not belong to its picture is made in the folder, see `_pictures`.
@@ -68,7 +69,7 @@ def prompts(count: int) -> tuple[list[str], list[str]]:
 @functools.cache
 def before(count: int) -> list[np.ndarray]:
     """The other subjects as nano draws them untaught."""
-    return [np.asarray(image, np.float32) for image in pictures(tools()[0], prompts(count)[1], num_inference_steps=14)]
+    return [np.asarray(image, np.float32) for image in pictures(tools()[0], prompts(count)[1], **DRAWING)]
 
 
 def taught(change: str, seed: int, folder: Path, **more):
@@ -121,7 +122,7 @@ def dreambooth(row: dict, count: int = 18, **more) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         pipe = taught(row["change"], row["seed"], Path(folder), **more)
     new, others = prompts(count)
-    drawn, rest = (pictures(pipe, asked, num_inference_steps=14) for asked in (new, others))
+    drawn, rest = (pictures(pipe, asked, **DRAWING) for asked in (new, others))
     kept = [judge.subject(image) for image in rest]
     return {
         "our robot": share([subject.is_robot(judge, image) for image in drawn]),

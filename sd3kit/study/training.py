@@ -146,28 +146,33 @@ def distance(network: SD3Transformer2DModel, steps: int) -> float:
     return mse_loss(x, given["latents"]).sqrt().item()
 
 
-def samplers(row: dict, steps: int = STEPS) -> dict:
+def seeded(row: dict, qk_norm: str | None = "rms_norm") -> SD3Transformer2DModel:
+    """A new network from the row's seed; what it learns from is loaded before, since that may draw random numbers."""
+    data()
     torch.manual_seed(row["seed"])
-    network = model()
+    return model(qk_norm)
+
+
+def samplers(row: dict, steps: int = STEPS) -> dict:
+    network = seeded(row)
     losses = train(network, sampler=SAMPLERS[row["sampler"]], steps=steps)
     return {"distance, 5 steps": distance(network, 5), "distance, 25 steps": distance(network, 25), "loss": losses[-1]}
 
 
 def faults(row: dict, steps: int = STEPS) -> dict:
-    torch.manual_seed(row["seed"])
-    network = model()
+    network = seeded(row)
     losses = train(network, fault=row["fault"], steps=steps)
     return {"distance, 25 steps": distance(network, 25), "loss": float(np.mean(losses[-20:]))}
 
 
 def qk_norm(row: dict, steps: int = 200) -> dict:
     """The largest attention logit, before the softmax, after training at a rate; and the last loss."""
-    torch.manual_seed(row["seed"])
-    network = model(row["qk_norm"])
+    network = seeded(row, row["qk_norm"])
     losses = train(network, rate=row["rate"], steps=steps)
     given = data()
+    noise = torch.randn(given["latents"].shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), attention.opened(network) as processors:
-        network(given["latents"], given["text"], given["pooled"], torch.full((32,), 500.0))
+        network((given["latents"] + noise) / 2, given["text"], given["pooled"], torch.full((32,), 500.0))
         logits = [processor.largest_logit for processor in processors]
     return {"largest logit": max(logits), "loss": float(np.mean(losses[-20:]))}
 
