@@ -59,12 +59,12 @@ def _built(model: str, part: str) -> torch.nn.Module:
         return build().to(torch.float16).eval()
 
 
-def weights(model: str, part: str, bits: int = 16, every_linear: bool = False) -> int:
+def weights(model: str, part: str, bits: int = 16, every_linear: bool = False, skips: tuple[str, ...] = ()) -> int:
     """Bytes of a part's weights and buffers in float16, its linear layers at so many stored bits.
 
     The T5's `wo` layers stay in float32 and are not quantised: transformers says so (`_keep_in_fp32_modules`), since
-    they overflow in float16; torchao quantises them all the same (`every_linear`). Scales of quantised layers, below
-    2%, are left out.
+    they overflow in float16; torchao quantises them all the same (`every_linear`). `skips` names layers that keep 16
+    bits, by a part of their name. Scales of quantised layers, below 2%, are left out.
     """
     module, total = _part(model, part), 0
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
@@ -75,7 +75,7 @@ def weights(model: str, part: str, bits: int = 16, every_linear: bool = False) -
         count = sum(tensor.numel() for tensor in own)
         if name.rpartition(".")[2] in kept and not (every_linear and bits < 16):
             total += 4 * count
-        elif bits < 16 and isinstance(layer, torch.nn.Linear) and own:
+        elif bits < 16 and isinstance(layer, torch.nn.Linear) and own and not any(skip in name for skip in skips):
             total += layer.weight.numel() * bits // 8 + (count - layer.weight.numel()) * 2
         else:
             total += 2 * count
@@ -143,7 +143,7 @@ def peaks(model: str = "medium", recipe: str = "default", size: int = 1024) -> d
         raise ValueError(f"There is no model {model!r} to account: use one of {', '.join(configs.TRANSFORMER)}.")
     plan = RECIPES[recipe]
     parts = [part for part in PARTS if part not in plan.without]
-    held = {part: weights(model, part, plan.bits.get(part, 16), plan.every_linear) for part in parts}
+    held = {part: weights(model, part, plan.bits.get(part, 16), plan.every_linear, plan.skips) for part in parts}
     alive = {part: activations(model, part, size // (plan.tiles if part == "vae" else 1)) for part in parts}
     on_device = {part: _resident(plan, model, part, held) + alive[part] for part in parts}
     stage = max(on_device, key=on_device.get)

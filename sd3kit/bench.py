@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import torch._inductor.config
 from . import configs, loading, measure
 from .account import GIB, peaks
 from .measure import StudyError
-from .recipes import RECIPES, Recipe
+from .recipes import ENCODERS, RECIPES, Recipe
 from .speedups import COMPILED, INDUCTOR_FLAGS, SPEEDUPS
 
 # One a call, so that ten calls give the times and the share of right pictures too.
@@ -127,6 +128,7 @@ class Bench:
         self.dtype = _dtype(options, name, device)
         self.prompts = PROMPTS[: options.calls]
         self._reference: tuple[list, dict] | None = None
+        self._encoders = 0  # bytes of the text encoders
 
     def identity(self) -> dict:
         """What two records must share to be the same measurement."""
@@ -195,6 +197,7 @@ class Bench:
 
     def _drawn(self, recipe: str) -> tuple[list, dict]:
         pipe, _ = self.make(RECIPES[recipe])
+        self._encoders = measure.stored_bytes(*(getattr(pipe, part) for part in ENCODERS))
         pictures = [self.draw(pipe, i) for i in range(self.options.calls)]
         return pictures, measure.count(lambda: self.draw(pipe, 0), _modules(pipe), self.device)
 
@@ -212,9 +215,13 @@ class Bench:
         speed = self.options.study == "speed"
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
         pipe, inputs = self.make(RECIPES["default"] if speed else RECIPES[name])
-        # a recipe that encodes the prompts first has its peak there
-        building = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        making = time.perf_counter() - start
+        # a recipe that encodes the prompts first may have its peak there
+        building = self._encoders if inputs else 0
+        if self.device == "cuda":
+            building = torch.cuda.max_memory_allocated()
         precision, inductor = torch.get_float32_matmul_precision(), torch._inductor.config
         torch._dynamo.reset()
         try:
@@ -225,7 +232,8 @@ class Bench:
                 if less:  # what does less work has a floor of its own
                     counted = measure.count(lambda: self.draw(pipe, 0, inputs, **extra), _modules(pipe), self.device)
                 figures = self._figures(pipe, inputs, extra, reference, counted)
-                return figures | {"device_peak": max(figures["device_peak"], building)}
+                apart = {"encoding": making} if inputs else {}  # of all prompts, with loading, outside the calls
+                return figures | {"device_peak": max(figures["device_peak"], building)} | apart
         finally:
             torch.set_float32_matmul_precision(precision)
 
@@ -288,5 +296,6 @@ def table(records: list[dict], study: str) -> str:
             figures = f"{r['median']:8.3f} s ({r['low']:.3f} to {r['high']:.3f}), floor {r['floor']:.3f} s, "
             figures += f"peak {r['device_peak'] / GIB:.3f} GiB, distance {r['distance']:.1f}"
             figures += f", right {r['right']['share']:.0%}" if "right" in r else ""
+            figures += f", and {r['encoding']:.1f} s before, to encode the prompts" if "encoding" in r else ""
         lines.append(f"{r['model'] + ' ' if study == 'bytes' else ''}{r['row']:<26} {figures}")
     return "\n".join(lines)

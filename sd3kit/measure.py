@@ -120,10 +120,15 @@ def stored_bytes(*modules: torch.nn.Module) -> int:
         if hasattr(tensor, "__tensor_flatten__"):  # torchao's quantised tensors are wrappers
             return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes' 4 bit
+        if scales is None:
+            scales = getattr(tensor, "SCB", None)  # its 8 bit
         return tensor.untyped_storage().nbytes() + (0 if scales is None else scales.numel() * scales.element_size())
 
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    return sum(map(size, tensors.values()))
+    # bitsandbytes moves the scales of its 8 bits from the weight to the layer's state when it first runs
+    states = (getattr(layer, "state", None) for module in modules for layer in module.modules())
+    scales = {id(s.SCB): s.SCB for s in states if isinstance(getattr(s, "SCB", None), torch.Tensor)}
+    return sum(map(size, (tensors | scales).values()))
 
 
 def peak(call: Callable[[], object], modules: Iterable[torch.nn.Module] = (), device: str = "cpu") -> dict:
@@ -247,6 +252,16 @@ def read(path: str | os.PathLike) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"Line {number} of {path} is damaged: delete it and measure again.") from None
     return records
+
+
+def stored(study: str, model: str, folder: Path = RESULTS) -> list[dict]:
+    """The records of "memory" or "speed" for a model that belong together: the newest run's, on the whole memory.
+
+    Records of other machines, precisions, sizes and versions stay in the file; their times do not compare.
+    """
+    records = [r for r in read(folder / f"{study}.jsonl") if r["model"] == model and not r["cap_gb"]]
+    shared = ("weights", "dtype", "size", "steps", "calls", "device", "machine", "threads", "versions")
+    return [r for r in records if all(r[key] == records[-1][key] for key in shared)]
 
 
 def study(rows: Mapping[str, Callable[[], dict]], path: str | os.PathLike, identity: dict, command: str) -> list[dict]:

@@ -30,6 +30,7 @@ class Recipe:
         bits: stored bits of the linear weights of a part; 16 where it is not named.
         straight: the parts that are loaded straight onto the device, not by way of the processor's memory.
         every_linear: no linear layer is left out of the fewer bits (bitsandbytes leaves the T5's `wo` in float32).
+        skips: layers with one of these in their name keep their 16 bits.
         without: the parts that are left out.
         tiles: the autoencoder decodes in this many tiles along a side.
     """
@@ -39,6 +40,7 @@ class Recipe:
     bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     straight: tuple[str, ...] = ()
     every_linear: bool = False
+    skips: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     tiles: int = 1
 
@@ -230,7 +232,8 @@ def torchao_float8(model, dtype, device):
     return pipe.to(device)
 
 
-@recipe(bits={"transformer": 8})
+# diffusers' own exceptions; "norm" also names SD3's AdaLN modulation, a third of its weights
+@recipe(bits={"transformer": 8}, skips=("pos_embed", "patch_embed", "norm"))
 def layerwise_casting(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)

@@ -9,7 +9,7 @@ import torch
 
 from sd3kit import account, bench, measure
 from sd3kit.loading import NANO
-from sd3kit.recipes import RECIPES
+from sd3kit.recipes import ENCODERS, RECIPES
 from sd3kit.speedups import SPEEDUPS, BlockCache
 
 PROMPT = "a fox on a blue background, flat"
@@ -123,6 +123,16 @@ def test_a_damaged_line_is_named(tmp_path):
         measure.read(path)
 
 
+def test_stored_records_are_those_of_the_newest_run_on_the_whole_memory(tmp_path):
+    shared = dict(model="nano", weights="a", dtype="float32", size=128, steps=20, calls=10, cap_gb=None)
+    shared |= dict(device="cpu", machine="here", threads=2, versions={"torch": "2"})
+    changes = [{"machine": "there"}, {}, {"cap_gb": 4}, {"model": "medium"}, {}]
+    lines = [json.dumps({"row": i} | shared | change) for i, change in enumerate(changes)]
+    (tmp_path / "speed.jsonl").write_text("\n".join(lines))
+    assert [r["row"] for r in measure.stored("speed", "nano", tmp_path)] == [1, 4]
+    assert measure.stored("memory", "nano", tmp_path) == []
+
+
 # ---- accounting and fit ---------------------------------------------------------------------------------------------
 
 
@@ -147,6 +157,27 @@ def test_smaller_weights_and_fewer_parts_need_less():
     peaks = [stored[name] for name in order]
     assert peaks == sorted(peaks)
     assert stored["vae_tiling"] < stored["default"] == stored["vae_slicing"]
+
+
+def test_layers_that_a_recipe_skips_keep_their_bits():
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.Linear(10, 10, bias=False)
+            self.to_q = torch.nn.Linear(10, 10, bias=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "_part", lambda model, part: Small())
+        assert account.weights("medium", "transformer", 8) == 200
+        assert account.weights("medium", "transformer", 8, skips=("norm",)) == 300
+
+
+def test_layerwise_casting_skips_what_diffusers_skips():
+    from diffusers import SD3Transformer2DModel
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    named = {*DEFAULT_SKIP_MODULES_PATTERN, *SD3Transformer2DModel._skip_layerwise_casting_patterns}
+    assert {name for name in named if "^" not in name} == set(RECIPES["layerwise_casting"].skips)
 
 
 def test_accounting_refuses_unknown_names():
@@ -245,6 +276,14 @@ def test_a_recipe_that_runs_on_a_processor_draws_the_defaults_picture(runner, na
         assert far > 0 or name in ("t5_int8", "precomputed_prompt"), "fewer bits leave a trace"
 
 
+def test_encoding_beforehand_is_timed_and_counts_for_the_peak(runner):
+    record = runner.row("precomputed_prompt")
+    assert record["encoding"] > 0
+    encoders = [getattr(runner.make(RECIPES["default"])[0], part) for part in ENCODERS]
+    assert record["device_peak"] >= measure.stored_bytes(*encoders)
+    assert "encoding" not in runner.row("without_t5")
+
+
 def test_the_t5_in_eight_bits_keeps_its_wo_layers(runner):
     pytest.importorskip("bitsandbytes")
     pipe, _ = runner.make(RECIPES["t5_int8"])
@@ -252,6 +291,11 @@ def test_the_t5_in_eight_bits_keeps_its_wo_layers(runner):
         n.rpartition(".")[2]: m.weight.dtype for n, m in pipe.text_encoder_3.named_modules() if hasattr(m, "weight")
     }
     assert kinds["q"] == torch.int8 and kinds["wo"] == torch.float32
+    scales = 4 * sum(m.out_features for m in pipe.text_encoder_3.modules() if m.__class__.__name__ == "Linear8bitLt")
+    tensors = sum(t.untyped_storage().nbytes() for t in {*pipe.text_encoder_3.parameters()})
+    before = measure.stored_bytes(pipe.text_encoder_3)
+    runner.draw(pipe, 0)  # the first run moves the scales elsewhere
+    assert before == measure.stored_bytes(pipe.text_encoder_3) == tensors + scales
 
 
 def test_tiling_at_the_models_own_size_does_nothing(runner):
