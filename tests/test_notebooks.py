@@ -5,6 +5,7 @@ import re
 import lessons
 import nbformat
 import pytest
+from wrong_answers import WRONG
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|ghp_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
 PATHS = re.compile(r"(?<![\w/])/(?:home|root|tmp|work|Users|usr)/[\w.-]+")
@@ -21,27 +22,36 @@ def test_there_are_lessons():
 
 @each_lesson
 def test_runs_as_committed_and_as_solved(path, tmp_path):
-    """One run with every solution filled in after its stub: unanswered checks, then right ones."""
+    """One run in which each check meets no answer, then typical wrong ones, then the solution."""
     notebook = read(path)
-    answers = iter(lessons.solutions(notebook))
-    cells, stubs = [], []
+    answers, wrong = iter(lessons.solutions(notebook)), iter(WRONG[path.stem])
+    cells, stubs, hints = [], [], []
+
+    def asks(cell, answer, tag):
+        cells.append(nbformat.v4.new_code_cell(answer))
+        cells.append(nbformat.v4.new_code_cell(cell.source, metadata={"tags": [tag]}))
+
     for cell in notebook.cells:
         cells.append(cell)
         tags = cell.metadata.get("tags", [])
         if "exercise" in tags:
             stubs.append(cell)
         if "check" in tags:
-            solved = nbformat.v4.new_code_cell(next(answers))
-            again = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["solved"]})
-            cells += [solved, again]
-    assert len(stubs) >= 4 and next(answers, None) is None, "each exercise needs one check and one solution"
+            for answer, hint in next(wrong):
+                asks(cell, answer, "refused")
+                hints.append(hint)
+            asks(cell, next(answers), "solved")
+    assert len(stubs) >= 4 and next(answers, None) is next(wrong, None) is None, "one check and solution an exercise"
     notebook.cells = cells
     lessons.run(notebook, tmp_path)
     said = {
-        tag: [lessons.text_of(c) for c in cells if tag in c.metadata.get("tags", [])] for tag in ("check", "solved")
+        tag: [lessons.text_of(c) for c in cells if tag in c.metadata.get("tags", [])]
+        for tag in ("check", "refused", "solved")
     }
     assert all("Not attempted" in text for text in said["check"]), said["check"]
     assert all("Right." in text for text in said["solved"]), said["solved"]
+    for text, hint in zip(said["refused"], hints, strict=True):
+        assert text.startswith("Not yet") and hint in text, (text, hint)
 
 
 @each_lesson
