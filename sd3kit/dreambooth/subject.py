@@ -16,20 +16,12 @@ from ..nano.scenes import COLOURS, STYLES
 
 PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges
-# Background, arms up or down, and where the robot's middle stands, in pixels. It is as large as nano's own single
-# subjects and on whole cells of its grid (`nano.art`), so that what is new in these pictures is the robot alone.
-PLACES = (
-    ("yellow", False, (64, 64)),
-    ("white", True, (64, 64)),
-    ("teal", False, (48, 64)),
-    ("pink", True, (80, 64)),
-    ("gray", False, (64, 64)),
-)
+BACKGROUNDS = ("yellow", "white", "teal", "pink", "gray")
 BODY, BELT, EYE, PUPIL = (112, 214, 60), (243, 120, 30), (255, 255, 255), (30, 30, 60)
 LIMB, BULB, SHOE = (70, 90, 110), (225, 40, 60), (60, 60, 170)
 
 
-def robot(arms_up: bool = False) -> Image.Image:
+def robot() -> Image.Image:
     """The robot alone, RGBA, `SIDE` pixels square: green, an orange belt, one eye, two bulbs on springs, blue shoes."""
     k = SMOOTH
     image = Image.new("RGBA", (SIDE * k, SIDE * k))
@@ -47,10 +39,9 @@ def robot(arms_up: bool = False) -> Image.Image:
     for x, lean in ((48, -6), (80, 6)):  # bulbs on springs
         line((x, 34), (x + lean, 20), width=4)
         disc(x + lean, 16, 7, BULB)
-    hand = 38 if arms_up else 86
     for shoulder, x in ((33, 17), (95, 111)):
-        line((shoulder, 64), (x, hand), width=6)
-        disc(x, hand, 6, BULB)
+        line((shoulder, 64), (x, 86), width=6)
+        disc(x, 86, 6, BULB)
     for x in (50, 78):  # legs and shoes
         line((x, 94), (x, 108), width=7)
         box(x - 11, 105, x + 11, 117, SHOE, 6)
@@ -62,11 +53,15 @@ def robot(arms_up: bool = False) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def picture(colour: str, arms_up: bool, middle: tuple[int, int]) -> Image.Image:
-    """The robot on a flat background of one of nano's colours, 128 px."""
-    alone = robot(arms_up).resize((LARGE, LARGE), Image.Resampling.LANCZOS)
+def picture(colour: str) -> Image.Image:
+    """The robot on a flat background of one of nano's colours, 128 px.
+
+    It stands where nano's own single subjects mostly do and is as large as they are, so that the robot alone is new.
+    Where it stood in several places, or moved its arms, a hundred steps mixed them: two eyes, four hands.
+    """
+    alone = robot().resize((LARGE, LARGE), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (SIDE, SIDE), COLOURS[colour])
-    canvas.alpha_composite(alone, (middle[0] - LARGE // 2, middle[1] - LARGE // 2))
+    canvas.alpha_composite(alone, ((SIDE - LARGE) // 2,) * 2)
     return canvas.convert("RGB")
 
 
@@ -76,8 +71,8 @@ def judge() -> Judge:
     cell = sheet.width // len(STYLES)
     wider = Image.new("RGBA", (sheet.width, sheet.height + cell))
     wider.paste(sheet, (0, 0))
-    for column, pose in enumerate((False, True, False)):  # in place of styles: the poses
-        wider.paste(robot(pose).resize((cell, cell), Image.Resampling.BOX), (column * cell, sheet.height))
+    for column in range(len(STYLES)):  # it has one style
+        wider.paste(robot().resize((cell, cell), Image.Resampling.BOX), (column * cell, sheet.height))
     stored = io.BytesIO()
     wider.save(stored, "PNG")
     return Judge(path=stored)
@@ -92,8 +87,8 @@ def is_robot(judge: Judge, image: Image.Image) -> bool:
 def main(folder: Path = PICTURES) -> None:
     folder.mkdir(exist_ok=True)
     rows = []
-    for colour, *how in PLACES:
-        picture(colour, *how).save(folder / f"{colour}.png", optimize=True)
+    for colour in BACKGROUNDS:
+        picture(colour).save(folder / f"{colour}.png", optimize=True)
         rows.append({"file_name": f"{colour}.png", "text": f"a sks robot on a {colour} background"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
