@@ -327,12 +327,106 @@ def first_block_cache_in_a_context(model):
     return lambda: "a cache"
 
 
+def after_three_calls(model):
+    """Call the model three times, since some caches compute at first; the proof that the next leaves attention out."""
+    calls = []
+    model.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        run(model)
+    before = len(calls)
+    return lambda: len(calls) == before and "a call without that attention"
+
+
+@feature()
+def pyramid_attention_broadcast(model):
+    """The caches that diffusers has for other models; imported here, since older versions lack some."""
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=10, current_timestep_callback=lambda: 500
+    )
+    apply_pyramid_attention_broadcast(model, config)
+    return after_three_calls(model)
+
+
+@feature()
+def faster_cache(model):
+    from diffusers.hooks import FasterCacheConfig, apply_faster_cache
+
+    timesteps = [950]  # at first outside of the range in which it skips, as a sampler's are
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=10,
+        spatial_attention_timestep_skip_range=(-1, 900),
+        attention_weight_callback=lambda _: 0.5,
+        tensor_format="BCHW",
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: timesteps[-1],
+    )
+    apply_faster_cache(model, config)
+    run(model)
+    timesteps.append(500)
+    return after_three_calls(model)
+
+
+@feature()
+def mag_cache(model):
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
+    config = MagCacheConfig(mag_ratios=[1.0] * 10, num_inference_steps=10, retention_ratio=0.0, max_skip_steps=10)
+    apply_mag_cache(model, config)
+    return after_three_calls(model)
+
+
+@feature(tolerance=0.01)
+def taylorseer_cache(model):
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    config = TaylorSeerCacheConfig(disable_cache_before_step=1, cache_interval=10, taylor_factors_dtype=torch.float32)
+    apply_taylorseer_cache(model, config)
+    return after_three_calls(model)
+
+
+@feature(tolerance=0.01)
+def taylorseer_cache_in_a_context(model):
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    config = TaylorSeerCacheConfig(disable_cache_before_step=1, cache_interval=10, taylor_factors_dtype=torch.float32)
+    apply_taylorseer_cache(model, config)
+    model.context = CacheMixin.cache_context(model, "both")  # kept, or it would close at once
+    model.context.__enter__()
+    return after_three_calls(model)
+
+
+@feature()
+def text_kv_cache(model):
+    from diffusers.hooks import TextKVCacheConfig, apply_text_kv_cache
+
+    apply_text_kv_cache(model, TextKVCacheConfig())
+    return lambda: (
+        any(hasattr(block, "_diffusers_hook") for block in model.transformer_blocks) and "hooks on the blocks"
+    )
+
+
+@feature()
+def sea_cache(model):
+    from diffusers.hooks import SeaCacheConfig, apply_sea_cache
+
+    apply_sea_cache(model, SeaCacheConfig())
+    return after_three_calls(model)
+
+
 @feature()
 def sd3kit_block_cache(model):
     cache = BlockCache(model.transformer_blocks, threshold=0.1)
     model.transformer_blocks = torch.nn.ModuleList([cache])
     run(model)  # the second call, with the same input, comes from the cache
     return lambda: cache.skipped == 1 and "the second call from the cache"
+
+
+@feature(build=small_pipeline, run=draw)
+def attention_slicing(pipe):
+    pipe.enable_attention_slicing(1)
+    return lambda: "Sliced" in type(pipe.transformer.transformer_blocks[0].attn.processor).__name__ and "slices"
 
 
 @feature()
@@ -345,3 +439,17 @@ def context_parallel(model):
     finally:
         torch.distributed.destroy_process_group()
     return lambda: "the tokens are shared out"
+
+
+@feature()
+def tensor_parallel(model):
+    """Weights shared over processes, in the same stand-in."""
+    from diffusers import TensorParallelConfig
+
+    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=2)
+    try:
+        with mock.patch("torch.accelerator.device_count", return_value=2):
+            model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+    finally:
+        torch.distributed.destroy_process_group()
+    return lambda: "the weights are shared out"

@@ -7,6 +7,7 @@ picture; how much is measured with them.
 from collections.abc import Callable
 
 import torch
+from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
 INDUCTOR_FLAGS = (
     "conv_1x1_as_mm",
@@ -103,6 +104,29 @@ def half_guidance(pipe):
 
     names = ["prompt_embeds", "pooled_prompt_embeds"]
     return {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": names}
+
+
+@speedup
+def attention_broadcast(pipe):
+    """Between the timesteps 800 and 100, attention in every second step only; the others use its output again.
+
+    Hooks of diffusers (arXiv 2408.12588). SD3's pipeline does not tell them its timestep, and its transformer does not
+    reset them after a picture: the callback does both.
+    """
+    timesteps = [1000.0]
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: timesteps[-1]
+    )
+    apply_pyramid_attention_broadcast(pipe.transformer, config)
+
+    def tell(pipe, step, timestep, inputs):
+        timesteps.append(float(timestep))
+        if step + 1 == pipe.num_timesteps:
+            timesteps[:] = [1000.0]
+            HookRegistry.check_if_exists_or_initialize(pipe.transformer).reset_stateful_hooks()
+        return {}
+
+    return {"callback_on_step_end": tell}
 
 
 class BlockCache(torch.nn.Module):

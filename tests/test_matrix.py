@@ -29,8 +29,17 @@ ROWS = [
     ("enable_cache", "raises", "raises"),
     ("first_block_cache", "raises", "raises"),
     ("first_block_cache_in_a_context", "raises", "raises"),
+    ("pyramid_attention_broadcast", "works", "works"),
+    ("faster_cache", "works", "works"),
+    ("mag_cache", "works", "works"),
+    ("taylorseer_cache", "raises", "raises"),
+    ("taylorseer_cache_in_a_context", "works", "works"),
+    ("text_kv_cache", "no effect", "no effect"),
+    ("sea_cache", "no effect", "no effect"),
     ("sd3kit_block_cache", "works", "works"),
+    ("attention_slicing", "no effect", "no effect"),
     ("context_parallel", "raises", "raises"),
+    ("tensor_parallel", "raises", "raises"),
 ]
 
 

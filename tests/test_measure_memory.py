@@ -342,6 +342,16 @@ def test_the_block_cache_is_exact_at_zero_and_skips_above(runner):
         assert (cache.skipped > 0) == skips and (far > 0) == skips
 
 
+def test_broadcast_attention_is_left_out_in_some_steps_and_forgotten_after_a_picture(runner):
+    pipe, _ = runner.make(RECIPES["default"])
+    plain = runner.draw(pipe, 0, num_inference_steps=8)
+    extra, calls = SPEEDUPS["attention_broadcast"](pipe), []
+    pipe.transformer.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: calls.append(1))
+    first, second = (runner.draw(pipe, 0, num_inference_steps=8, **extra) for _ in range(2))
+    assert len(calls) in range(8, 15) and len(calls) % 2 == 0, "the same steps were left out of both pictures"
+    assert bench.distance([first], [second]) == 0 < bench.distance([first], [plain]) < 60
+
+
 def test_fused_qkv_is_exact_only_without_qk_norm():
     """diffusers 0.42.1; an update that mends it fails this test, and lesson 05 is to be changed."""
     from diffusers import SD3Transformer2DModel
