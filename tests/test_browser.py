@@ -24,6 +24,7 @@ ARTEFACTS = Path(__file__).parent / "artefacts"
 PATIENCE = 120_000  # milliseconds for what waits on a drawing, on a machine that is busy
 START = 300_000  # and on a server or a kernel
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 SETTING = "a panda on a green background, flat"
 
 
@@ -162,6 +163,34 @@ def site(browser, tmp_path_factory):
         page.goto(address, timeout=START)
         page.locator(".sd3kit-explorer").nth(1).wait_for(timeout=START)
         yield page
+        page.close()
+
+
+OTHERS = """import sd3kit
+from IPython.display import display
+from peft import LoraConfig
+from sd3kit import explore
+
+pipe = sd3kit.load(quiet=True)
+pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
+for explorer in (explore.Schedule, explore.Attention, explore.Encoders, explore.Lora):
+    display(explorer(pipe, "a fox on a blue background, flat"))"""
+
+
+@pytest.fixture(scope="module")
+def others(browser, tmp_path_factory):
+    """The explorers of the later lessons on one page; gives the browser's page."""
+    folder, port = tmp_path_factory.mktemp("others"), free_port()
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(OTHERS)], metadata=KERNEL), folder / "others.ipynb"
+    )
+    command = [sys.executable, "-m", "voila", "others.ipynb", "--no-browser", f"--port={port}"]
+    with serving(command, folder, port) as address:
+        page = browser.new_page(viewport={"width": 1100, "height": 1300})
+        page.goto(address, timeout=START)
+        page.locator(".sd3kit-explorer").nth(3).wait_for(timeout=START)
+        yield page
+        shot(page, "others")
         page.close()
 
 
@@ -348,3 +377,32 @@ def test_the_page_changes_the_picture_and_inpaints(site):
 
 def test_nothing_serious_in_the_accessibility_scan_of_the_page(site):
     assert not serious(site, "body")
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, lambda root: slider(root, "Shift").press("Home")),
+        (1, lambda root: root.get_by_label("Word", exact=True).select_option("fox")),
+        (2, lambda root: root.get_by_label("T5", exact=True).uncheck()),
+        (3, lambda root: slider(root, "mine").press("Home")),
+    ],
+    ids=("schedule", "attention", "encoders", "lora"),
+)
+def test_the_other_explorers_draw_and_follow_a_change(others, place, change):
+    root = others.locator(".sd3kit-explorer").nth(place)
+    root.scroll_into_view_if_needed()
+    slider(root, "Steps").press("Home")
+    slider(root, "Steps").press("PageUp")
+    root.get_by_role("button", name="Draw", exact=True).click()
+    done(root)
+    pictures = "root => [...root.querySelectorAll('img')].map(image => image.src).join()"
+    before = root.evaluate(pictures)
+    change(root)
+    others.wait_for_function(f"([root, before]) => ({pictures})(root) !== before", arg=[root.element_handle(), before])
+    done(root)
+    shot(others, f"others-{place}")
+
+
+def test_nothing_serious_in_the_accessibility_scan_of_the_other_explorers(others):
+    assert not serious(others, "body")
