@@ -83,6 +83,14 @@ def test_every_picture_has_an_alternative_text(path):
 
 
 @each_lesson
+def test_every_drawing_is_shown(path):
+    """Only a cell's last line is shown: a figure that is not there is lost."""
+    for cell in read(path).cells:
+        if cell.cell_type == "code" and re.search(r"^show\.(figure|grid)\(", cell.source, re.MULTILINE):
+            assert "<img" in "".join(o.get("data", {}).get("text/html", "") for o in cell.outputs), cell.source
+
+
+@each_lesson
 def test_cells_are_short_and_the_frame_is_complete(path):
     notebook = read(path)
     lengths = sorted(len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code")
