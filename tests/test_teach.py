@@ -3,13 +3,14 @@
 import json
 import re
 import signal
+from pathlib import Path
 
 import lessons
 import nbformat
 import pytest
 import yaml
 
-from sd3kit import teach
+from sd3kit import measure, teach
 
 
 def test_strip_leaves_the_lessons_whole_but_for_their_solutions(tmp_path, capsys):
@@ -86,3 +87,8 @@ def test_the_values_file_for_kubernetes_is_whole():
     assert values["hub"]["config"]["KubeSpawner"]["working_dir"] == "/home/jovyan"
     environment = yaml.safe_load((path.parent.parent / "environment.yml").read_text())
     assert "nbgitpuller" in environment["dependencies"][-1]["pip"]
+
+
+def test_the_teachers_page_shows_the_stored_record():
+    page = (Path(__file__).parent.parent / "TEACHING.md").read_text(encoding="utf-8")
+    assert teach.report(measure.read(measure.RESULTS / "seats.jsonl")) in page
