@@ -319,11 +319,16 @@ def first_block_cache(model):
     return lambda: "a cache"
 
 
+def open_cache_context(model):
+    """What a pipeline of diffusers' other models does around a call; SD3's does not."""
+    model.context = CacheMixin.cache_context(model, "both")  # kept, or it would close at once
+    model.context.__enter__()
+
+
 @feature()
 def first_block_cache_in_a_context(model):
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.0))
-    model.context = CacheMixin.cache_context(model, "both")  # kept, or it would close at once
-    model.context.__enter__()
+    open_cache_context(model)
     return lambda: "a cache"
 
 
@@ -377,23 +382,23 @@ def mag_cache(model):
     return after_three_calls(model)
 
 
-@feature(tolerance=0.01)
-def taylorseer_cache(model):
+def add_taylorseer(model):
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
     config = TaylorSeerCacheConfig(disable_cache_before_step=1, cache_interval=10, taylor_factors_dtype=torch.float32)
     apply_taylorseer_cache(model, config)
+
+
+@feature(tolerance=0.01)
+def taylorseer_cache(model):
+    add_taylorseer(model)
     return after_three_calls(model)
 
 
 @feature(tolerance=0.01)
 def taylorseer_cache_in_a_context(model):
-    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
-
-    config = TaylorSeerCacheConfig(disable_cache_before_step=1, cache_interval=10, taylor_factors_dtype=torch.float32)
-    apply_taylorseer_cache(model, config)
-    model.context = CacheMixin.cache_context(model, "both")  # kept, or it would close at once
-    model.context.__enter__()
+    add_taylorseer(model)
+    open_cache_context(model)
     return after_three_calls(model)
 
 
@@ -429,27 +434,25 @@ def attention_slicing(pipe):
     return lambda: "Sliced" in type(pipe.transformer.transformer_blocks[0].attn.processor).__name__ and "slices"
 
 
-@feature()
-def context_parallel(model):
+def enable_parallelism(model, config):
     """As on the first of two processes with a GPU each; the group is torch's stand-in that moves nothing."""
     torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=2)
     try:
         with mock.patch("torch.accelerator.device_count", return_value=2):
-            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+            model.enable_parallelism(config=config)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@feature()
+def context_parallel(model):
+    enable_parallelism(model, ContextParallelConfig(ulysses_degree=2))
     return lambda: "the tokens are shared out"
 
 
 @feature()
 def tensor_parallel(model):
-    """Weights shared over processes, in the same stand-in."""
     from diffusers import TensorParallelConfig
 
-    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=2)
-    try:
-        with mock.patch("torch.accelerator.device_count", return_value=2):
-            model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
-    finally:
-        torch.distributed.destroy_process_group()
+    enable_parallelism(model, TensorParallelConfig(tp_degree=2))
     return lambda: "the weights are shared out"

@@ -71,8 +71,9 @@ def judge() -> Judge:
     cell = sheet.width // len(STYLES)
     wider = Image.new("RGBA", (sheet.width, sheet.height + cell))
     wider.paste(sheet, (0, 0))
+    alone = robot().resize((cell, cell), Image.Resampling.BOX)
     for column in range(len(STYLES)):  # it has one style
-        wider.paste(robot().resize((cell, cell), Image.Resampling.BOX), (column * cell, sheet.height))
+        wider.paste(alone, (column * cell, sheet.height))
     stored = io.BytesIO()
     wider.save(stored, "PNG")
     return Judge(path=stored)
