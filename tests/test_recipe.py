@@ -26,6 +26,15 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
+def test_a_damped_caption_makes_a_guidance_scale_of_7_act_like_half_of_it():
+    true, unconditional = torch.randn(2, 3, 16, 4, 4)
+    learnt = flow.damped(true, unconditional, torch.tensor([False, False, True]))
+    guided = unconditional + 7 * (learnt - unconditional)
+    half = unconditional + 7 * flow.DAMPING * (true - unconditional)
+    assert flow.DAMPING < 1 and torch.allclose(guided[:2], half[:2], atol=1e-5)
+    assert torch.equal(learnt[2], true[2])
+
+
 def test_the_average_follows_and_swaps_back():
     weight = torch.nn.Parameter(torch.zeros(1))
     average = training.Average([weight], 0.9)

@@ -44,4 +44,4 @@ class Pool:
 
 def random_caption(scene: scenes.Scene, rng: random.Random) -> str:
     """The scene in words that vary; the style and the background are not always named."""
-    return scenes.caption(scene, rng, with_style=rng.random() < 0.75, with_colour=rng.random() < 0.85)
+    return scenes.caption(scene, rng, with_style=rng.random() < 0.9, with_colour=rng.random() < 0.85)
