@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib.metadata
 import importlib.resources
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,10 +142,12 @@ def _undisturbed(local: bool) -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, packer = transformers_logging.get_verbosity(), logging.getLogger("bitsandbytes")
+    level = packer.level
     libraries = (diffusers_logging, transformers_logging)
     shown = [library.is_progress_bar_enabled() for library in libraries]
     transformers_logging.set_verbosity_error()
+    packer.setLevel(logging.ERROR)  # it warns of kernels that this processor could have
     if local:
         for library in libraries:
             library.disable_progress_bar()
@@ -152,6 +155,7 @@ def _undisturbed(local: bool) -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        packer.setLevel(level)
         for library, was in zip(libraries, shown, strict=True):
             if was:
                 library.enable_progress_bar()

@@ -10,9 +10,10 @@ import lessons
 import nbformat
 
 REPOSITORY = "sd3kit/sd3kit"
-INSTALL = f"""# Installs sd3kit where it is missing, as on Colab, and leaves torch alone. Elsewhere it does nothing.
+INSTALL = f"""# Installs sd3kit where it is missing, as on Colab, and leaves torch alone. Elsewhere it installs nothing.
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ if "google.colab" in sys.modules and "HF_TOKEN" not in os.environ:
     try:
         os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")
     except Exception:
-        pass  # not set, or not shared with this notebook; only the gated models need it"""
+        pass  # not set, or not shared with this notebook; only the gated models need it
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes optional kernels, which no lesson needs"""
 TAG = "install"
 
 
