@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
+# A test process for each core, each with one thread: several threads in each would wait for one another.
+SPREAD := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
 
 .PHONY: lab app test test-shapes notebooks lint clean
 
@@ -23,11 +25,11 @@ app: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .
-	$(BIN)/pytest $(PYTEST)
+	$(SPREAD) $(PYTEST)
 
 test-shapes: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .
-	SD3KIT_TEST_SHAPES=1 $(BIN)/pytest tests/test_shapes.py $(PYTEST)
+	SD3KIT_TEST_SHAPES=1 $(SPREAD) tests/test_shapes.py $(PYTEST)
 
 notebooks: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .

@@ -25,6 +25,7 @@ PATIENCE = 120_000  # milliseconds for what waits on a drawing, on a machine tha
 START = 300_000  # and on a server or a kernel
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+pytestmark = pytest.mark.xdist_group("browser")  # one browser and one server for all of them
 SETTING = "a panda on a green background, flat"
 
 
