@@ -859,3 +859,4 @@ def test_the_benchmark_times_both_sides_and_says_what_did_not_run(tmp_path):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and 0 < ours["loss"] < 3
     assert ours["host_peak"] > 2**27
     assert failed["failed"] == "no torchvision here"
+    assert "--script broken.py --model nano --resolution 64 --batch 1 --steps 4" in failed["stamp"]["command"]

@@ -8,6 +8,7 @@ training is a process of its own. Without `--script` only ours runs, and the rec
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import runpy
@@ -178,17 +179,21 @@ def main(words: list[str] | None = None) -> int:
                 else:
                     found = run(str(target), [*arguments(options), *more])
                 records.append({"settings": setting, "command": name} | found)
-                print(_line(records[-1]), flush=True)
+                print(line(records[-1]), flush=True)
     if options.out:
-        stamp = {
-            "model": options.model, "resolution": options.resolution, "batch": options.batch, "steps": options.steps,
-            "precision": options.precision, "stamp": measure.stamp("python -m sd3kit.dreambooth.benchmark"),
-        }  # fmt: skip
+        names = ("model", "resolution", "batch", "steps", "precision")
+        given = {name: getattr(options, name) for name in names}
+        script = [f"--script {options.script.name}"] if options.script else []
+        words = [*script, *(f"--{name} {value}" for name, value in given.items())]
+        stamp = given | {"stamp": measure.stamp(" ".join(["python -m sd3kit.dreambooth.benchmark", *words]))}
+        if options.script:
+            stamp["script"] = hashlib.sha256(options.script.read_bytes()).hexdigest()[:16]
         options.out.write_text("".join(json.dumps(r | stamp) + "\n" for r in records), encoding="utf-8")
     return 0
 
 
-def _line(record: dict) -> str:
+def line(record: dict) -> str:
+    """A record in words: settings, command, seconds an update, peak memory and loss, or why it failed."""
     title = f"{record['settings']:<10}{record['command']:<20}"
     if "failed" in record:
         return f"{title}{record['failed']}"
