@@ -226,7 +226,8 @@ class Bench:
         torch._dynamo.reset()
         try:
             # what a speed-up sets for the whole process is put back after its row
-            with inductor.patch({flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}):
+            flags = {flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}
+            with inductor.patch(flags | {"force_disable_caches": True}):  # a first call is not one from the disk
                 extra = SPEEDUPS[name](pipe) if speed else {}
                 less = name not in COMPILED if speed else bool(inputs or RECIPES[name].without)
                 if less:  # what does less work has a floor of its own
