@@ -127,6 +127,7 @@ WRONG = {
         [
             ("lora_forward = lambda x, W, A, B, scale: x @ W.T", "the product of B and A is missing"),
             ("lora_forward = lambda x, W, A, B, scale: x @ (B @ A).T", "the frozen W is missing"),
+            ("lora_forward = lambda x, W, A, B, scale: x @ (W + B @ A).T", "must depend on the scale"),
         ],
         [
             (
