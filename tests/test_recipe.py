@@ -1,6 +1,8 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +28,18 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-def test_a_damped_caption_makes_a_guidance_scale_of_7_act_like_half_of_it():
-    true, unconditional = torch.randn(2, 3, 16, 4, 4)
-    learnt = flow.damped(true, unconditional, torch.tensor([False, False, True]))
-    guided = unconditional + 7 * (learnt - unconditional)
-    half = unconditional + 7 * flow.DAMPING * (true - unconditional)
-    assert flow.DAMPING < 1 and torch.allclose(guided[:2], half[:2], atol=1e-5)
-    assert torch.equal(learnt[2], true[2])
+def test_with_damped_captions_a_guidance_scale_of_7_draws_as_3_did(pipe, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(flow, "learn", lambda model, target, *rest, **more: asked.update(model=model, target=target))
+    model = copy.deepcopy(pipe.transformer)
+    flow.damp(model, None, None, None, Path(), 1, 1)
+    x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.9])
+    captions, empty = ((torch.randn(2, 20, 192), torch.randn(2, 160)) for _ in range(2))
+    u, c = (model(x, *given, sigma * 1000).sample for given in (empty, captions))
+    learnt, unconditional = (asked["target"](x, sigma, given, empty, None) for given in (captions, empty))
+    torch.testing.assert_close(unconditional + 7 * (learnt - unconditional), u + 3 * (c - u), atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert asked["model"] is not model
 
 
 def test_the_average_follows_and_swaps_back():
@@ -91,7 +98,7 @@ def test_the_recipe_learns_continues_and_saves_a_pipeline(art, vae, tmp_path, mo
     read = text.Text(tmp_path)
 
     def run(minutes):
-        flow.train(art, vae, read, tmp_path, tmp_path / "out", minutes, 4)
+        flow.export(flow.train(art, vae, read, tmp_path, minutes, 4), read, vae, tmp_path / "out")
         return torch.load(tmp_path / "flow.pt", weights_only=True)
 
     first = run(0.08)
@@ -106,7 +113,23 @@ def test_a_training_can_start_from_a_finished_pipeline(art, vae, tmp_path, monke
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4),))
     monkeypatch.setattr(command, "Art", lambda folder: art)
     here = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert command.main(["train", *here, "--start", str(NANO), "--subjects", "4", "--flow-minutes", "0.02"]) == 0
+    assert (
+        command.main(
+            [
+                "train",
+                *here,
+                "--start",
+                str(NANO),
+                "--subjects",
+                "4",
+                "--flow-minutes",
+                "0.02",
+                "--damp-minutes",
+                "0.02",
+            ]
+        )
+        == 0
+    )
     old, new = (StableDiffusion3Pipeline.from_pretrained(folder) for folder in (NANO, tmp_path / "out"))
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         for one, other in zip(getattr(old, name).parameters(), getattr(new, name).parameters(), strict=True):

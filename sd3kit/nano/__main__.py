@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=400, help="for the flow, all runs together (%(default)s)")
+    train.add_argument("--damp-minutes", type=float, default=25, help="to damp its captions (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
     polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
     polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
@@ -75,10 +76,10 @@ def train(options: argparse.Namespace) -> int:
             autoencoder.train(art, options.work, options.vae_minutes, device=options.device)
         vae = AutoencoderKL.from_pretrained(options.work / "vae", use_safetensors=True)
         text = reading.train(art, vae, options.work, options.text_minutes, device=options.device)
-    flow.train(
-        art, vae, text, options.work, options.out, options.flow_minutes, options.subjects,
-        start=transformer, device=options.device,
-    )  # fmt: skip
+    shared = (art, vae, text, options.work)
+    model = flow.train(*shared, options.flow_minutes, options.subjects, start=transformer, device=options.device)
+    model = flow.damp(model, *shared, options.damp_minutes, options.subjects, device=options.device)
+    flow.export(model, text, vae, options.out)
     save_templates(art, options.subjects, options.out / "templates.webp")
     held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
     (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")

@@ -6,19 +6,20 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
 1. *Latents that are easy to learn*: see `autoencoder`; and *few patterns*: see `art.LARGE`.
 2. *Muon* on the matrices of the blocks, AdamW elsewhere, also for the AdaLN modulation.
 3. *Noise levels shifted towards 1*. A flat background is averaged over 256 places of the latent, so that its colour
-   shows through the noise until sigma is close to 1: only the highest levels teach the word for it. Half of the
-   levels are uniform, or the lowest, which draw the edges, would hardly be seen.
+   shows through the noise until sigma is close to 1: only the highest levels teach the word for it. A quarter of
+   the levels are uniform, or the lowest, which draw the edges, would hardly be seen.
 4. *Short text most of the time.* A caption has about fifteen tokens and the pipeline pads it to 77 + 256; training at
    full length all the time would cost three times as much, and a little of it at the end is enough.
 5. *Letters that count*: see `LETTERS`. Without that weight, and with long words from the start, they were not heard.
-6. *A guidance scale of 7 that fits*: see `damped`. On clean captions a guidance scale of 3 to 4 draws best, and at 7,
-   the pipeline's default, flat art grows highlights and counts go wrong.
+6. *A guidance scale of 7 that fits*: see `damp`. On clean captions a guidance scale of 3 draws best, and at 7, the
+   pipeline's default, flat art grows highlights and counts go wrong.
 """
 
 import copy
 import dataclasses
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ SHIFT = 3.0  # of the noise levels in training
 DROP = torch.tensor([0.15, 0.15, 0.15])  # how often each text encoder is left out (the paper: 46.3%)
 LETTERS = 5.0  # the loss's weight under letters: they are a few places of a picture, and all that a sign means
 EMPTY = 0.1  # how often the caption is empty, for guidance
-DAMPING = 0.37  # how much of its way from the unconditional velocity to the true one a caption goes
+DAMPING = 3 / 7  # the guidance scale that suits the trained model, by the pipeline's default
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -85,21 +86,9 @@ def optimizers(
 
 
 def noise_levels(count: int) -> torch.Tensor:
-    """Sigmas (count,) in 0..1: half of them logit-normal (0, 1) and shifted, half uniform."""
+    """Sigmas (count,) in 0..1: three in four logit-normal (0, 1) and shifted, the fourth uniform."""
     u = torch.sigmoid(torch.randn(count))
-    return torch.where(torch.rand(count) < 0.5, SHIFT * u / (1 + (SHIFT - 1) * u), torch.rand(count))
-
-
-def damped(target: torch.Tensor, unconditional: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-    """What to predict (N, 16, h, w): with a caption, a point `DAMPING` of the way from `unconditional` to `target`.
-
-    Guidance goes from the unconditional prediction u towards the captioned one c: u + s (c - u). Where c was learnt as
-    u + DAMPING (v - u), a guidance scale of s acts like DAMPING s, at every sigma. It is the model-guidance target of
-    Tang et al. (arXiv:2502.12154), who strengthen the caption with it, with the sign turned. `empty` (N,) marks the
-    samples without a caption: they keep their target, and so the unconditional prediction stays what it is.
-    """
-    share = torch.where(empty, 1.0, DAMPING)[:, None, None, None]
-    return share * target + (1 - share) * unconditional
+    return torch.where(torch.rand(count) < 0.75, SHIFT * u / (1 + (SHIFT - 1) * u), torch.rand(count))
 
 
 def letter_weights(chosen: list[scenes.Scene]) -> torch.Tensor:
@@ -116,34 +105,91 @@ def train(
     vae: AutoencoderKL,
     text: Text,
     work: Path,
-    out: Path,
     minutes: float,
     subjects: int,
     *,
     start: SD3Transformer2DModel | None = None,
+    device: str = "cpu",
+) -> SD3Transformer2DModel:
+    """Train for `minutes` on the first so many subjects.
+
+    Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
+    finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
+    autoencoder and the text encoders stay as they are.
+    """
+    model = transformer()
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+
+    def true_velocity(x, sigma, captions, empty, velocity):
+        return velocity
+
+    return learn(model, true_velocity, art, vae, text, work / "flow.pt", minutes, subjects, device=device)
+
+
+def damp(
+    model: SD3Transformer2DModel,
+    art: Art,
+    vae: AutoencoderKL,
+    text: Text,
+    work: Path,
+    minutes: float,
+    subjects: int,
+    *,
+    device: str = "cpu",
+) -> SD3Transformer2DModel:
+    """Teach a copy of a trained model to draw at a guidance scale of s as the model does at DAMPING s.
+
+    Guidance goes from the unconditional velocity u towards the captioned one c: u + s (c - u). The copy learns, from
+    the model and not from pictures, to say u + DAMPING (c - u) where the model says c, and u where it says u. An
+    interrupted run goes on, as `train`'s does. Guidance distillation (Meng et al., arXiv:2210.03142) goes the other
+    way: it puts guidance into the captioned velocity.
+    """
+    student = copy.deepcopy(model)
+    teacher = model.to(device).requires_grad_(False)
+
+    def partly_captioned(x, sigma, captions, empty, velocity):
+        with torch.no_grad():
+            unconditional, captioned = (teacher(x, *given, sigma * 1000).sample for given in (empty, captions))
+        return torch.lerp(unconditional.float(), captioned.float(), DAMPING)
+
+    mark = f"{sum(p.double().abs().sum().item() for p in teacher.parameters()):.6f}"  # another teacher, another copy
+    return learn(
+        student, partly_captioned, art, vae, text, work / f"damp.{mark}.pt", minutes, subjects, device=device,
+        rate=5e-4, muon_rate=0.007, decay_from=0.0, full_from=0.9,
+    )  # fmt: skip
+
+
+def learn(
+    model: SD3Transformer2DModel,
+    target: Callable,
+    art: Art,
+    vae: AutoencoderKL,
+    text: Text,
+    checkpoint: Path,
+    minutes: float,
+    subjects: int,
+    *,
     device: str = "cpu",
     rate: float = 1.5e-3,
     muon_rate: float = 0.02,
     decay_from: float = 0.6,
     full_from: float = 0.98,
     seed: int = 0,
-) -> None:
-    """Train for `minutes` on the first so many subjects and save the pipeline to `out`.
+) -> SD3Transformer2DModel:
+    """Let a model learn for `minutes` what `target` says of noised pictures; its parameters' average comes back.
 
-    Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
-    finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
-    autoencoder and the text encoders stay as they are.
+    `target(x, sigma, captions, empty, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), the
+    encoded captions and as many encoded empty ones (each a sequence and a pooled vector), and noise - x0; it returns
+    what to predict (N, 16, h, w).
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     torch.manual_seed(seed)
     vae = vae.to(device).eval().requires_grad_(False)
-    text, model = text.to(device), transformer().to(device)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
-    average, budget = Average(list(model.parameters()), 0.998), Budget(minutes, "flow")
+    text, model = text.to(device), model.to(device)
+    average, budget = Average(list(model.parameters()), 0.998), Budget(minutes, checkpoint.name.partition(".")[0])
     adamw, muon = optimizers(model, rate, muon_rate)
     kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}
-    checkpoint = work / "flow.pt"
     settings = [{k: v for k, v in group.items() if k != "params"} for group in adamw.param_groups + muon.param_groups]
     if restore_parts(kept, checkpoint):
         for group, given in zip(adamw.param_groups + muon.param_groups, settings, strict=True):
@@ -166,18 +212,14 @@ def train(
         keep = (torch.rand(part.size, 3) >= DROP).float().to(device)
         noise, sigma = torch.randn_like(x0), noise_levels(part.size).to(device)
         s = sigma[:, None, None, None]
+        x = (1 - s) * x0 + s * noise
         with torch.autocast(device, dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
-
-            def velocity(embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-                x = (1 - s) * x0 + s * noise
-                return model(x, embeds, pooled, sigma * 1000, return_dict=False)[0].float()
-
             with torch.no_grad():
-                unconditional = velocity(*text([""] * part.size, clip_length, t5_length, torch.ones_like(keep)))
-                given = text(prompts, clip_length, t5_length, keep)
-            empty = torch.tensor([prompt == "" for prompt in prompts]).to(device)
-            error = velocity(*given) - damped(noise - x0, unconditional, empty)
-        return (letter_weights(chosen).to(device) * error.square()).mean()
+                captions = text(prompts, clip_length, t5_length, keep)
+                empty = text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
+            wanted = target(x, sigma, captions, empty, noise - x0)
+            velocity = model(x, *captions, sigma * 1000, return_dict=False)[0]
+        return (letter_weights(chosen).to(device) * (velocity.float() - wanted).square()).mean()
 
     smooth: dict[str, float] = {}
     total = sum(part.size for part in PARTS)
@@ -203,7 +245,7 @@ def train(
             save_parts(kept, checkpoint)
     save_parts(kept, checkpoint)
     average.swap()
-    export(model, text, vae, out)
+    return model
 
 
 def export(model: SD3Transformer2DModel, text: Text, vae: AutoencoderKL, folder: Path) -> None:
