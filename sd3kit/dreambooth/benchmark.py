@@ -178,7 +178,7 @@ def main(words: list[str] | None = None) -> int:
                     found = {"failed": "not run: --script names diffusers' script"}
                 else:
                     found = run(str(target), [*arguments(options), *more])
-                records.append({"settings": setting, "command": name} | found)
+                records.append({"row": f"{setting}, {name}", "settings": setting, "command": name} | found)
                 print(line(records[-1]), flush=True)
     if options.out:
         names = ("model", "resolution", "batch", "steps", "precision")
