@@ -36,7 +36,7 @@ def test_with_damped_captions_a_guidance_scale_of_7_draws_as_3_did(pipe, monkeyp
     x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.9])
     captions, empty = ((torch.randn(2, 20, 192), torch.randn(2, 160)) for _ in range(2))
     u, c = (model(x, *given, sigma * 1000).sample for given in (empty, captions))
-    learnt, unconditional = (asked["target"](x, sigma, given, empty, None) for given in (captions, empty))
+    learnt, unconditional = (asked["target"](x, sigma, given, lambda: empty, None) for given in (captions, empty))
     torch.testing.assert_close(unconditional + 7 * (learnt - unconditional), u + 3 * (c - u), atol=1e-4, rtol=1e-4)
     assert not any(p.requires_grad for p in model.parameters())
     assert asked["model"] is not model
@@ -113,23 +113,8 @@ def test_a_training_can_start_from_a_finished_pipeline(art, vae, tmp_path, monke
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4),))
     monkeypatch.setattr(command, "Art", lambda folder: art)
     here = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert (
-        command.main(
-            [
-                "train",
-                *here,
-                "--start",
-                str(NANO),
-                "--subjects",
-                "4",
-                "--flow-minutes",
-                "0.02",
-                "--damp-minutes",
-                "0.02",
-            ]
-        )
-        == 0
-    )
+    minutes = ["--flow-minutes", "0.02", "--damp-minutes", "0.02"]
+    assert command.main(["train", *here, "--start", str(NANO), "--subjects", "4", *minutes]) == 0
     old, new = (StableDiffusion3Pipeline.from_pretrained(folder) for folder in (NANO, tmp_path / "out"))
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         for one, other in zip(getattr(old, name).parameters(), getattr(new, name).parameters(), strict=True):

@@ -149,8 +149,7 @@ def damp(
     teacher = model.to(device).requires_grad_(False)
 
     def partly_captioned(x, sigma, captions, empty, velocity):
-        with torch.no_grad():
-            unconditional, captioned = (teacher(x, *given, sigma * 1000).sample for given in (empty, captions))
+        unconditional, captioned = (teacher(x, *given, sigma * 1000).sample for given in (empty(), captions))
         return torch.lerp(unconditional.float(), captioned.float(), DAMPING)
 
     mark = f"{sum(p.double().abs().sum().item() for p in teacher.parameters()):.6f}"  # another teacher, another copy
@@ -180,8 +179,8 @@ def learn(
     """Let a model learn for `minutes` what `target` says of noised pictures; its parameters' average comes back.
 
     `target(x, sigma, captions, empty, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), the
-    encoded captions and as many encoded empty ones (each a sequence and a pooled vector), and noise - x0; it returns
-    what to predict (N, 16, h, w).
+    encoded captions (a sequence and a pooled vector), a function that encodes as many empty ones, and noise - x0; it
+    returns what to predict (N, 16, h, w).
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     torch.manual_seed(seed)
@@ -213,11 +212,14 @@ def learn(
         noise, sigma = torch.randn_like(x0), noise_levels(part.size).to(device)
         s = sigma[:, None, None, None]
         x = (1 - s) * x0 + s * noise
+
+        def empty():
+            return text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
+
         with torch.autocast(device, dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():
                 captions = text(prompts, clip_length, t5_length, keep)
-                empty = text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
-            wanted = target(x, sigma, captions, empty, noise - x0)
+                wanted = target(x, sigma, captions, empty, noise - x0)
             velocity = model(x, *captions, sigma * 1000, return_dict=False)[0]
         return (letter_weights(chosen).to(device) * (velocity.float() - wanted).square()).mean()
 
