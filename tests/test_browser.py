@@ -323,7 +323,8 @@ def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
         reached.append(name)
         if name == "Draw":
             lab.keyboard.press("Enter")
-            done(explorer)
+            explorer.get_by_alt_text(re.compile(rf"^Picture \d+: {wording}")).wait_for(timeout=PATIENCE)
+            explorer.get_by_role("button", name=re.compile("^Back to")).last.wait_for(timeout=PATIENCE)
         if name.startswith("Back to"):
             lab.keyboard.press("Space")
             done(explorer, "Back to: ")
