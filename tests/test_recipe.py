@@ -28,16 +28,28 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-def test_with_damped_captions_a_guidance_scale_of_7_draws_as_3_did(pipe, monkeypatch):
+def test_a_damped_copy_is_without_loss_where_7_draws_as_3_did(pipe, monkeypatch):
     asked = {}
-    monkeypatch.setattr(flow, "learn", lambda model, target, *rest, **more: asked.update(model=model, target=target))
+    monkeypatch.setattr(flow, "learn", lambda model, loss, *rest, **more: asked.update(model=model, loss=loss))
     model = copy.deepcopy(pipe.transformer)
     flow.damp(model, None, None, None, Path(), 1, 1)
     x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.9])
     captions, empty = ((torch.randn(2, 20, 192), torch.randn(2, 160)) for _ in range(2))
-    u, c = (model(x, *given, sigma * 1000).sample for given in (empty, captions))
-    learnt, unconditional = (asked["target"](x, sigma, given, lambda: empty, None) for given in (captions, empty))
-    torch.testing.assert_close(unconditional + 7 * (learnt - unconditional), u + 3 * (c - u), atol=1e-4, rtol=1e-4)
+    u, c = (flow.predicted(model, x, sigma, given) for given in (empty, captions))
+    said = {}  # by the copy, for each text
+
+    def predicted(which, x, sigma, given):
+        return flow_predicted(which, x, sigma, given) if which is model else said[given]
+
+    flow_predicted = flow.predicted
+    monkeypatch.setattr(flow, "predicted", predicted)
+    said[empty], said[captions] = u, u + 3 / 7 * (c - u)
+    torch.testing.assert_close(u + 7 * (said[captions] - u), u + 3 * (c - u), atol=1e-4, rtol=1e-4)
+    assert asked["loss"](x, sigma, captions, lambda: empty, None).max() < 1e-6
+    said[captions] = c
+    assert asked["loss"](x, sigma, captions, lambda: empty, None).mean() > (c - u).square().mean()
+    said[empty], said[captions] = u + 0.1, u + 0.1 + 3 / 7 * (c - u)  # an error of both is not multiplied
+    torch.testing.assert_close(asked["loss"](x, sigma, captions, lambda: empty, None), torch.full_like(x, 0.03))
     assert not any(p.requires_grad for p in model.parameters())
     assert asked["model"] is not model
 

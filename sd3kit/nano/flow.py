@@ -36,7 +36,8 @@ SHIFT = 3.0  # of the noise levels in training
 DROP = torch.tensor([0.15, 0.15, 0.15])  # how often each text encoder is left out (the paper: 46.3%)
 LETTERS = 5.0  # the loss's weight under letters: they are a few places of a picture, and all that a sign means
 EMPTY = 0.1  # how often the caption is empty, for guidance
-DAMPING = 3 / 7  # the guidance scale that suits the trained model, by the pipeline's default
+SCALE = 7.0  # the pipeline's default guidance scale
+DAMPING = 3 / SCALE  # the scale that suits the trained model, by the default
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -121,10 +122,10 @@ def train(
     if start is not None:
         model.load_state_dict(start.state_dict())
 
-    def true_velocity(x, sigma, captions, empty, velocity):
-        return velocity
+    def loss(x, sigma, captions, empty, velocity):
+        return (predicted(model, x, sigma, captions) - velocity).square()
 
-    return learn(model, true_velocity, art, vae, text, work / "flow.pt", minutes, subjects, device=device)
+    return learn(model, loss, art, vae, text, work / "flow.pt", minutes, subjects, device=device)
 
 
 def damp(
@@ -141,27 +142,36 @@ def damp(
     """Teach a copy of a trained model to draw at a guidance scale of s as the model does at DAMPING s.
 
     Guidance goes from the unconditional velocity u towards the captioned one c: u + s (c - u). The copy learns, from
-    the model and not from pictures, to say u + DAMPING (c - u) where the model says c, and u where it says u. An
-    interrupted run goes on, as `train`'s does. Guidance distillation (Meng et al., arXiv:2210.03142) goes the other
-    way: it puts guidance into the captioned velocity.
+    the model and not from pictures, to say u + DAMPING (c - u) where the model says c, and u where it says u. The
+    sampler takes 7 times the first and -6 times the second, and so it does with the copy's errors: what comes out at
+    that scale is learnt as well. An interrupted run goes on, as `train`'s does. Guidance distillation (Meng et al.,
+    arXiv:2210.03142) goes the other way: it puts guidance into the captioned velocity.
     """
     student = copy.deepcopy(model)
     teacher = model.to(device).requires_grad_(False)
 
-    def partly_captioned(x, sigma, captions, empty, velocity):
-        unconditional, captioned = (teacher(x, *given, sigma * 1000).sample for given in (empty(), captions))
-        return torch.lerp(unconditional.float(), captioned.float(), DAMPING)
+    def loss(x, sigma, captions, empty, velocity):
+        nothing = empty()
+        u, c = (predicted(teacher, x, sigma, given) for given in (nothing, captions))
+        own_u, own_c = (predicted(student, x, sigma, given) for given in (nothing, captions))
+        guided = torch.lerp(own_u, own_c, SCALE) - torch.lerp(u, c, DAMPING * SCALE)
+        return guided.square() + (own_c - torch.lerp(u, c, DAMPING)).square() + (own_u - u).square()
 
     mark = f"{sum(p.double().abs().sum().item() for p in teacher.parameters()):.6f}"  # another teacher, another copy
     return learn(
-        student, partly_captioned, art, vae, text, work / f"damp.{mark}.pt", minutes, subjects, device=device,
+        student, loss, art, vae, text, work / f"damp.{mark}.pt", minutes, subjects, device=device,
         rate=5e-4, muon_rate=0.007, decay_from=0.0, full_from=0.9,
     )  # fmt: skip
 
 
+def predicted(model: SD3Transformer2DModel, x: torch.Tensor, sigma: torch.Tensor, text: tuple) -> torch.Tensor:
+    """The velocity (N, 16, h, w) that a model predicts at noise levels (N,) for text that `Text` encoded."""
+    return model(x, *text, sigma * 1000, return_dict=False)[0].float()
+
+
 def learn(
     model: SD3Transformer2DModel,
-    target: Callable,
+    loss: Callable,
     art: Art,
     vae: AutoencoderKL,
     text: Text,
@@ -176,11 +186,11 @@ def learn(
     full_from: float = 0.98,
     seed: int = 0,
 ) -> SD3Transformer2DModel:
-    """Let a model learn for `minutes` what `target` says of noised pictures; its parameters' average comes back.
+    """Let a model learn for `minutes` on noised pictures; its parameters' average comes back.
 
-    `target(x, sigma, captions, empty, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), the
-    encoded captions (a sequence and a pooled vector), a function that encodes as many empty ones, and noise - x0; it
-    returns what to predict (N, 16, h, w).
+    `loss(x, sigma, captions, empty, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), the encoded
+    captions (a sequence and a pooled vector), a function that encodes as many empty ones, and noise - x0; it returns
+    the loss of each number of the latents (N, 16, h, w).
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     torch.manual_seed(seed)
@@ -213,25 +223,25 @@ def learn(
         s = sigma[:, None, None, None]
         x = (1 - s) * x0 + s * noise
 
+        @torch.no_grad()
         def empty():
             return text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
 
         with torch.autocast(device, dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():
                 captions = text(prompts, clip_length, t5_length, keep)
-                wanted = target(x, sigma, captions, empty, noise - x0)
-            velocity = model(x, *captions, sigma * 1000, return_dict=False)[0]
-        return (letter_weights(chosen).to(device) * (velocity.float() - wanted).square()).mean()
+            each = loss(x, sigma, captions, empty, noise - x0)
+        return (letter_weights(chosen).to(device) * each).mean()
 
     smooth: dict[str, float] = {}
     total = sum(part.size for part in PARTS)
     for done in budget:
         factor = min(1.0, (budget.steps + 1) / 100) * cosine(done, decay_from, 0.02)
         for part, pool in pools.items():
-            loss = loss_of(part, pool, done > full_from or rng.random() < 0.03)
-            (loss * part.size / total).backward()
+            mean = loss_of(part, pool, done > full_from or rng.random() < 0.03)
+            (mean * part.size / total).backward()
             name = part.kinds[0]
-            smooth[name] = 0.98 * smooth.get(name, loss.item()) + 0.02 * loss.item()
+            smooth[name] = 0.98 * smooth.get(name, mean.item()) + 0.02 * mean.item()
             if budget.steps % 2 == 0:
                 pool.renew(part.size // 4, rng)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
