@@ -161,9 +161,23 @@ def _undisturbed(local: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype | None]:
     """The precision as an argument of diffusers' `from_pretrained`: before 0.40 `dtype` is ignored without a word."""
     return {"dtype" if Version(importlib.metadata.version("diffusers")) >= Version("0.40.0") else "torch_dtype": dtype}
+
+
+def with_dtype(cls: type) -> type:
+    """A diffusers class whose `from_pretrained` takes `dtype`: itself, or before 0.40 a subclass that passes it on."""
+    if "dtype" in dtype_argument(None):
+        return cls
+
+    class Older(cls):
+        @classmethod
+        def from_pretrained(cls, *args, dtype=None, **kwargs):
+            return super().from_pretrained(*args, **dtype_argument(dtype), **kwargs)
+
+    Older.__name__ = cls.__name__  # diffusers knows its pipelines by name
+    return Older
 
 
 def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):

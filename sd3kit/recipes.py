@@ -10,12 +10,17 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import BitsAndBytesConfig, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import BitsAndBytesConfig
 from diffusers.hooks import apply_group_offloading
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import T5EncoderModel
 
+from .loading import with_dtype
+
+StableDiffusion3Pipeline = with_dtype(diffusers.StableDiffusion3Pipeline)
+SD3Transformer2DModel = with_dtype(diffusers.SD3Transformer2DModel)
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
