@@ -12,6 +12,7 @@ from sd3kit.loading import NANO
 from sd3kit.nano import __main__ as command
 from sd3kit.nano import art as art_module
 from sd3kit.nano import autoencoder, evaluate, flow, reading, scenes, text, training
+from sd3kit.nano.pool import random_captions
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -28,30 +29,43 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-def test_a_damped_copy_is_without_loss_where_7_draws_as_3_did(pipe, monkeypatch):
+def test_a_damped_copy_is_without_loss_where_7_draws_as_3_did_and_truer_in_style(pipe, monkeypatch):
     asked = {}
     monkeypatch.setattr(flow, "learn", lambda model, loss, *rest, **more: asked.update(model=model, loss=loss))
     model = copy.deepcopy(pipe.transformer)
     flow.damp(model, None, None, None, Path(), 1, 1)
     x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.9])
-    captions, empty = ((torch.randn(2, 20, 192), torch.randn(2, 160)) for _ in range(2))
-    u, c = (flow.predicted(model, x, sigma, given) for given in (empty, captions))
-    said = {}  # by the copy, for each text
+    names = ("empty", "caption", "caption without style")
+    texts = {name: (torch.randn(2, 20, 192), torch.randn(2, 160)) for name in names}
+    u, c, n = (flow.predicted(model, x, sigma, texts[name]) for name in names)
+    for one, alone in zip(flow.together(model, x, sigma, *texts.values()), (u, c, n), strict=True):
+        torch.testing.assert_close(one, alone, atol=1e-4, rtol=1e-4)
+    said = {}  # by the copy
 
-    def predicted(which, x, sigma, given):
-        return flow_predicted(which, x, sigma, given) if which is model else said[given]
+    def together(which, *given):
+        return flow_together(which, *given) if which is model else (said["u"], said["c"])
 
-    flow_predicted = flow.predicted
-    monkeypatch.setattr(flow, "predicted", predicted)
-    said[empty], said[captions] = u, u + 3 / 7 * (c - u)
-    torch.testing.assert_close(u + 7 * (said[captions] - u), u + 3 * (c - u), atol=1e-4, rtol=1e-4)
-    assert asked["loss"](x, sigma, captions, lambda: empty, None).max() < 1e-6
-    said[captions] = c
-    assert asked["loss"](x, sigma, captions, lambda: empty, None).mean() > (c - u).square().mean()
-    said[empty], said[captions] = u + 0.1, u + 0.1 + 3 / 7 * (c - u)  # an error of both is not multiplied
-    torch.testing.assert_close(asked["loss"](x, sigma, captions, lambda: empty, None), torch.full_like(x, 0.03))
+    flow_together = flow.together
+    monkeypatch.setattr(flow, "together", together)
+    goal = u + 3 * (c - u) + 2 * (c - n)
+    said |= {"u": u, "c": u + (goal - u) / 7}
+    torch.testing.assert_close(said["u"] + 7 * (said["c"] - said["u"]), goal, atol=1e-4, rtol=1e-4)
+    assert asked["loss"](x, sigma, texts.get, None).max() < 1e-6
+    said["c"] = c
+    assert asked["loss"](x, sigma, texts.get, None).mean() > (c - u).square().mean()
+    said |= {"u": u + 0.1, "c": u + 0.1 + (goal - u) / 7}  # an error of both is not multiplied
+    torch.testing.assert_close(asked["loss"](x, sigma, texts.get, None), torch.full_like(x, 0.03))
     assert not any(p.requires_grad for p in model.parameters())
     assert asked["model"] is not model
+
+
+def test_a_caption_and_the_same_without_its_style(rng):
+    for kind in ("single", "sign", "pair", "count") * 25:
+        scene = scenes.random_scene(rng, scenes.SUBJECTS, kind)
+        caption, unstyled = random_captions(scene, rng)
+        words = set(caption.replace(",", "").split()) - set(unstyled.replace(",", "").split())
+        assert words <= {"a", scene.style, "style", "fluent"}
+        assert scene.style not in unstyled.split()
 
 
 def test_the_average_follows_and_swaps_back():

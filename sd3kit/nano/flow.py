@@ -13,6 +13,7 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
 5. *Letters that count*: see `LETTERS`. Without that weight, and with long words from the start, they were not heard.
 6. *A guidance scale of 7 that fits*: see `damp`. On clean captions a guidance scale of 3 draws best, and at 7, the
    pipeline's default, flat art grows highlights and counts go wrong.
+7. *Style that counts*: see `STYLE`. It is a matter of shading, which a guidance scale of 3 leaves weak.
 """
 
 import copy
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import scenes
 from .art import Art, cells
-from .pool import Pool, random_caption
+from .pool import Pool, random_captions
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
 from .training import Average, Budget, cosine, fast_dtype, muon_in_float32, restore_parts, save_parts
 
@@ -38,6 +39,7 @@ LETTERS = 5.0  # the loss's weight under letters: they are a few places of a pic
 EMPTY = 0.1  # how often the caption is empty, for guidance
 SCALE = 7.0  # the pipeline's default guidance scale
 DAMPING = 3 / SCALE  # the scale that suits the trained model, by the default
+STYLE = 2.0  # how far the damped copy goes away from the caption without its style
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -122,8 +124,8 @@ def train(
     if start is not None:
         model.load_state_dict(start.state_dict())
 
-    def loss(x, sigma, captions, empty, velocity):
-        return (predicted(model, x, sigma, captions) - velocity).square()
+    def loss(x, sigma, say, velocity):
+        return (predicted(model, x, sigma, say("caption")) - velocity).square()
 
     return learn(model, loss, art, vae, text, work / "flow.pt", minutes, subjects, device=device)
 
@@ -139,23 +141,27 @@ def damp(
     *,
     device: str = "cpu",
 ) -> SD3Transformer2DModel:
-    """Teach a copy of a trained model to draw at a guidance scale of s as the model does at DAMPING s.
+    """Teach a copy of a trained model to draw at a guidance scale of 7 as the model does at 3, and truer in style.
 
-    Guidance goes from the unconditional velocity u towards the captioned one c: u + s (c - u). The copy learns, from
-    the model and not from pictures, to say u + DAMPING (c - u) where the model says c, and u where it says u. The
-    sampler takes 7 times the first and -6 times the second, and so it does with the copy's errors: what comes out at
-    that scale is learnt as well. An interrupted run goes on, as `train`'s does. Guidance distillation (Meng et al.,
-    arXiv:2210.03142) goes the other way: it puts guidance into the captioned velocity.
+    Guidance goes from the unconditional velocity u towards the captioned one c: u + s (c - u). The model is sampled at
+    s = 3, and pushed away from what it says to the caption without its style, n, by STYLE (c - n): that is the copy's
+    goal at s = 7. It learns, from the model and not from pictures, to say u as the model does, and for a caption to
+    go a seventh of the way from u to the goal. The sampler takes 7 times the one and -6 times the other, and so it does
+    with the copy's errors: what comes out at that scale is learnt as well. An interrupted run goes on, as `train`'s
+    does. Guidance distillation (Meng et al., arXiv:2210.03142) goes the other way: it puts guidance into the captioned
+    velocity. The push is compositional guidance (Liu et al., arXiv:2206.01714).
     """
     student = copy.deepcopy(model)
     teacher = model.to(device).requires_grad_(False)
 
-    def loss(x, sigma, captions, empty, velocity):
-        nothing = empty()
-        u, c = (predicted(teacher, x, sigma, given) for given in (nothing, captions))
-        own_u, own_c = (predicted(student, x, sigma, given) for given in (nothing, captions))
-        guided = torch.lerp(own_u, own_c, SCALE) - torch.lerp(u, c, DAMPING * SCALE)
-        return guided.square() + (own_c - torch.lerp(u, c, DAMPING)).square() + (own_u - u).square()
+    def loss(x, sigma, say, velocity):
+        nothing, captions = say("empty"), say("caption")
+        with torch.no_grad():
+            u, c, n = together(teacher, x, sigma, nothing, captions, say("caption without style"))
+            goal = torch.lerp(u, c, DAMPING * SCALE) + STYLE * (c - n)
+        own_u, own_c = together(student, x, sigma, nothing, captions)
+        guided = torch.lerp(own_u, own_c, SCALE) - goal
+        return guided.square() + (own_c - torch.lerp(u, goal, 1 / SCALE)).square() + (own_u - u).square()
 
     mark = f"{sum(p.double().abs().sum().item() for p in teacher.parameters()):.6f}"  # another teacher, another copy
     return learn(
@@ -167,6 +173,13 @@ def damp(
 def predicted(model: SD3Transformer2DModel, x: torch.Tensor, sigma: torch.Tensor, text: tuple) -> torch.Tensor:
     """The velocity (N, 16, h, w) that a model predicts at noise levels (N,) for text that `Text` encoded."""
     return model(x, *text, sigma * 1000, return_dict=False)[0].float()
+
+
+def together(model: SD3Transformer2DModel, x: torch.Tensor, sigma: torch.Tensor, *texts: tuple) -> list[torch.Tensor]:
+    """What `predicted` gives for each of several texts of one length, in one pass."""
+    count = len(texts)
+    joint = [torch.cat(parts) for parts in zip(*texts, strict=True)]
+    return list(predicted(model, x.repeat(count, 1, 1, 1), sigma.repeat(count), joint).chunk(count))
 
 
 def learn(
@@ -188,9 +201,9 @@ def learn(
 ) -> SD3Transformer2DModel:
     """Let a model learn for `minutes` on noised pictures; its parameters' average comes back.
 
-    `loss(x, sigma, captions, empty, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), the encoded
-    captions (a sequence and a pooled vector), a function that encodes as many empty ones, and noise - x0; it returns
-    the loss of each number of the latents (N, 16, h, w).
+    `loss(x, sigma, say, velocity)` has noised latents (N, 16, h, w), their noise levels (N,), a function that encodes
+    what is asked for ("caption", "caption without style" or "empty": a sequence and a pooled vector), and noise - x0;
+    it returns the loss of each number of the latents (N, 16, h, w).
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     torch.manual_seed(seed)
@@ -213,8 +226,9 @@ def learn(
 
     def loss_of(part: Part, pool: Pool, full: bool) -> torch.Tensor:
         chosen, x0 = pool.sample(part.size, rng)
-        prompts = ["" if rng.random() < EMPTY else random_caption(scene, rng) for scene in chosen]
-        clip_length, t5_length = text.longest(prompts)
+        captions = [("", "") if rng.random() < EMPTY else random_captions(scene, rng) for scene in chosen]
+        prompts, unstyled = map(list, zip(*captions, strict=True))
+        clip_length, t5_length = text.longest(prompts + unstyled)
         t5_length += rng.choice((0, 0, 4))
         if full:
             clip_length, t5_length = CLIP_LENGTH, rng.choice((t5_length, 77, 256))
@@ -224,13 +238,13 @@ def learn(
         x = (1 - s) * x0 + s * noise
 
         @torch.no_grad()
-        def empty():
-            return text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
+        def say(what):
+            if what == "empty":
+                return text([""] * part.size, clip_length, t5_length, torch.ones_like(keep))
+            return text(prompts if what == "caption" else unstyled, clip_length, t5_length, keep)
 
         with torch.autocast(device, dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
-            with torch.no_grad():
-                captions = text(prompts, clip_length, t5_length, keep)
-            each = loss(x, sigma, captions, empty, noise - x0)
+            each = loss(x, sigma, say, noise - x0)
         return (letter_weights(chosen).to(device) * each).mean()
 
     smooth: dict[str, float] = {}
