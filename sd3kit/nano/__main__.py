@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=400, help="for the flow, all runs together (%(default)s)")
-    train.add_argument("--damp-minutes", type=float, default=25, help="to damp its captions (%(default)s)")
+    train.add_argument("--damp-minutes", type=float, default=60, help="to damp its captions (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
     polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
     polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
