@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sd3kit.loading import NANO
 from sd3kit.nano import __main__ as command
 from sd3kit.nano import art as art_module
 from sd3kit.nano import autoencoder, evaluate, flow, reading, scenes, text, training
-from sd3kit.nano.pool import random_captions
+from sd3kit.nano.pool import random_caption
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -62,10 +63,31 @@ def test_a_damped_copy_is_without_loss_where_7_draws_as_3_did_and_truer_in_style
 def test_a_caption_and_the_same_without_its_style(rng):
     for kind in ("single", "sign", "pair", "count") * 25:
         scene = scenes.random_scene(rng, scenes.SUBJECTS, kind)
-        caption, unstyled = random_captions(scene, rng)
+        seed = rng.random()
+        caption, unstyled = (random_caption(scene, random.Random(seed), styled=styled) for styled in (True, False))
         words = set(caption.replace(",", "").split()) - set(unstyled.replace(",", "").split())
-        assert words <= {"a", scene.style, "style", "fluent"}
+        adjective = caption.startswith(f"a {scene.style} ")  # "a flat fox on a blue background" has an "on" of its own
+        assert words <= {"a", scene.style, "style", "fluent"} | ({"on"} if adjective else set())
         assert scene.style not in unstyled.split()
+
+
+def test_a_loss_is_told_the_captions_the_same_without_style_and_empty_ones(art, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 16),))
+    read, model, read_texts = text.Text(tmp_path), flow.transformer(), []
+    monkeypatch.setattr(text.Text, "forward", lambda self, prompts, *rest: read_texts.append((prompts, rest[-1])))
+
+    def loss(x, sigma, say, velocity):
+        for what in ("caption", "caption without style", "empty"):
+            say(what)
+        with pytest.raises(KeyError):
+            say("something else")
+        return sum(p.sum() for p in model.parameters()) * torch.ones_like(x)
+
+    flow.learn(model, loss, art, vae, read, tmp_path / "flow.pt", 0.0001, 4)
+    (prompts, keep), (unstyled, keep_again), (empty, all_kept) = read_texts[:3]
+    styles = [[style for style in scenes.STYLES if style in caption.replace(",", "").split()] for caption in prompts]
+    assert sum(map(len, styles)) > 8 and not any(style in caption for caption in unstyled for style in scenes.STYLES)
+    assert empty == [""] * 16 and all_kept.min() == 1 and torch.equal(keep, keep_again)
 
 
 def test_the_average_follows_and_swaps_back():

@@ -42,12 +42,7 @@ class Pool:
         return [self.scenes[i] for i in chosen], latents + noise
 
 
-def random_captions(scene: scenes.Scene, rng: random.Random) -> tuple[str, str]:
-    """The scene in words that vary, and in the same words without its style, which is not always named at all."""
+def random_caption(scene: scenes.Scene, rng: random.Random, *, styled: bool = True) -> str:
+    """The scene in words that vary; the style, which `styled` can forbid, and the background are not always named."""
     with_style, with_colour = rng.random() < 0.9, rng.random() < 0.85
-    unstyled = random.Random()
-    unstyled.setstate(rng.getstate())
-    return (
-        scenes.caption(scene, rng, with_style=with_style, with_colour=with_colour),
-        scenes.caption(scene, unstyled, with_style=False, with_colour=with_colour),
-    )
+    return scenes.caption(scene, rng, with_style=with_style and styled, with_colour=with_colour)

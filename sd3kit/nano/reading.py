@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from . import scenes
 from .art import CELL, SIZE, Art, cells
-from .pool import Pool, random_captions
+from .pool import Pool, random_caption
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
 from .training import Average, Budget, cosine, restore_parts, save_parts
 
@@ -152,7 +152,7 @@ def contrast(model: nn.ModuleDict, pool: Pool, batch: int, rng: random.Random) -
     """CLIP's loss, the mean of both encoders and both directions."""
     text, tower = model["text"], model["tower"]
     chosen, latents = pool.sample(batch, rng)
-    prompts = [random_captions(scene, rng)[0] for scene in chosen]
+    prompts = [random_caption(scene, rng) for scene in chosen]
     scale, same = tower.scale.exp().clamp(max=50), torch.arange(batch, device=latents.device)
     loss = torch.zeros((), device=latents.device)
     encoders = (text.text_encoder, text.text_encoder_2)
@@ -173,7 +173,7 @@ def read(
         scenes.random_scene(rng, subjects, rng.choice((*KINDS, "sign", "sign", "sign")))
         for _ in range(batch if length < 77 else batch // 8)
     ]
-    prompts = [random_captions(scene, rng)[0] for scene in asked]
+    prompts = [random_caption(scene, rng) for scene in asked]
     ids, written = tokens_and_letters(model["text"], asked, prompts, length)
     device = next(model.parameters()).device
     ids, written = ids.to(device), written.to(device)
