@@ -310,9 +310,12 @@ def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
     wording = "an apple on a yellow background, flat"
     lab.keyboard.press("Control+A")
     lab.keyboard.type(wording)
-    reached = []
+    reached, made = [], explorer.get_by_alt_text(re.compile(rf"^Picture \d+: {wording}"))
     for _ in range(40):
         lab.keyboard.press("Tab")
+        if not reached:  # leaving the prompt draws: what has the focus then must not be replaced by that picture
+            made.first.wait_for(timeout=PATIENCE)
+            done(explorer)
         name = lab.evaluate(
             """() => { const at = document.activeElement;
                 return at.closest('.sd3kit-explorer') === null ? null : at.getAttribute('aria-label') ||
@@ -323,8 +326,8 @@ def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
         reached.append(name)
         if name == "Draw":
             lab.keyboard.press("Enter")
-            explorer.get_by_alt_text(re.compile(rf"^Picture \d+: {wording}")).wait_for(timeout=PATIENCE)
-            explorer.get_by_role("button", name=re.compile("^Back to")).last.wait_for(timeout=PATIENCE)
+            made.nth(1).wait_for(timeout=PATIENCE)
+            done(explorer)
         if name.startswith("Back to"):
             lab.keyboard.press("Space")
             done(explorer, "Back to: ")
