@@ -37,7 +37,14 @@ def absent(reason: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        mine = tmp_path_factory.getbasetemp().parent / "browser"
+        if mine.exists():
+            pytest.fail(
+                "a second process runs browser tests, which build on each other: xdist did not keep their group"
+            )
+        mine.touch()
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -369,6 +376,17 @@ def test_the_page_draws_an_idea_and_its_download_brings_the_settings_back(site, 
     shot(site, "page-text")
 
 
+def test_a_new_picture_leaves_the_focus_on_the_download_link(site):
+    root = site.locator(".sd3kit-explorer").first
+    done(root)
+    root.get_by_role("link", name="Download this PNG").focus()
+    before = root.get_by_role("button", name=re.compile("^Back to")).count()
+    # a click that moves no focus
+    root.get_by_role("button", name="Draw", exact=True).evaluate("button => button.click()")
+    root.get_by_role("button", name=re.compile("^Back to")).nth(before).wait_for(timeout=PATIENCE)
+    site.wait_for_function("document.activeElement.innerText === 'Download this PNG'", timeout=PATIENCE)
+
+
 def test_the_page_changes_the_picture_and_inpaints(site):
     root = site.locator(".sd3kit-explorer").nth(1)
     root.get_by_role("button", name="Take the picture above").click()
@@ -382,6 +400,12 @@ def test_the_page_changes_the_picture_and_inpaints(site):
 
 def test_nothing_serious_in_the_accessibility_scan_of_the_page(site):
     assert not serious(site, "body")
+    root = site.locator(".sd3kit-explorer").first
+    slider(root, "Steps").press("End")
+    root.locator("progress").wait_for(timeout=PATIENCE)
+    assert not serious(site, ".sd3kit-explorer"), "while it draws"
+    root.get_by_role("button", name="Stop", exact=True).click()
+    done(root, "Stopped after|Done")
 
 
 @pytest.mark.parametrize(

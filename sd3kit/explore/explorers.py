@@ -35,7 +35,8 @@ LIVE_PARAMETERS = 10**8  # a model with fewer is quick enough to draw at every c
 
 # ipywidgets gives the handles of its sliders no name, and replaces whatever stands in an HTML widget, so that a live
 # region inside is new each time and not announced. This names the handles after their labels and makes the status
-# line's lasting container the live region. Where scripts do not run the explorer works without.
+# line's lasting container the live region. A download link that had the focus when a new picture replaced it hands the
+# focus to the next one. Where scripts do not run the explorer works without.
 _NAMES = """<img alt="" width="0" height="0" style="display:none" src="data:," onerror="(function find(start, tries) {
   var root = start.closest('.sd3kit-explorer');
   if (!root && tries) { setTimeout(function () { find(start, tries - 1); }, 100); }
@@ -57,7 +58,18 @@ _NAMES = """<img alt="" width="0" height="0" style="display:none" src="data:," o
       line.setAttribute('aria-live', 'polite');
     });
   }
-  new MutationObserver(name).observe(root, {childList: true, subtree: true});
+  var link = null;
+  root.addEventListener('focusin', function (event) {
+    link = event.target.matches('a[download]') ? event.target : null;
+  });
+  root.addEventListener('focusout', function () {
+    setTimeout(function () { if (link && link.isConnected && document.activeElement !== link) { link = null; } });
+  });
+  function follow() {
+    var next = root.querySelector('a[download]');
+    if (link && next && next !== link && document.activeElement === document.body) { next.focus(); }
+  }
+  new MutationObserver(function () { name(); follow(); }).observe(root, {childList: true, subtree: true});
   name();
 })(this, 100)">"""
 
@@ -286,7 +298,7 @@ class Explorer(widgets.VBox):
             with self._showing:
                 if self._shows is token and not stop.is_set():
                     self.say("Drawing…")
-                    self._stop.button_style = "warning"
+                    self._stop.button_style = "danger"  # white is readable on its red, not on the orange of "warning"
             drawing.check(self.pipe, settings)  # before the wait for another explorer's drawing
             self.look(stop)
             drawn = self.draw(settings, watch, stop)
