@@ -141,7 +141,11 @@ def test_stored_bytes_are_recomputed():
     assert set(stored) == set(RECIPES)
     for name in ("model_offload_without_t5", "without_t5"):  # without the T5: quick to build
         again = account.peaks("medium", name)
-        assert {key: stored[name][key] for key in again} == again
+        assert {key: stored[name][key] for key in again} == {
+            # torch versions round a few small allocations differently
+            key: pytest.approx(value, rel=1e-6) if isinstance(value, int) else value
+            for key, value in again.items()
+        }
 
 
 def test_the_accounting_explains_the_announcements_peaks():
@@ -385,6 +389,7 @@ def test_the_command_measures_and_resumes(tmp_path, capsys):
     eager, graphs = measure.read(path)
     assert eager["n"] == 2 and eager["distance"] == 0 and eager["model"] == "nano" and eager["steps"] == 1
     assert eager["floor"] < eager["median"] < 60 and eager["device_peak"] > eager["stored_bytes"] > 40e6
+    assert len(eager["eager"]) == 2 and 0.2 < bench.of_eager(eager)[0] < 5, "eager beside itself is the control"
     assert set(eager["right"]) == {"share", "low", "high", "n"} and eager["stamp"]["command"].startswith(
         "sd3kit measure"
     )

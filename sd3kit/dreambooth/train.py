@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, free_memory
+from diffusers.utils import is_bitsandbytes_version
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -82,6 +83,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and on_cpu:
         raise DreamBoothError("fp16 needs a GPU, and this training is on the CPU: use --mixed_precision no, or bf16.")
+    if settings.use_8bit_adam and on_cpu and is_bitsandbytes_version("<", "0.50.0"):
+        raise DreamBoothError("--use_8bit_adam on a CPU needs a newer package: pip install -U bitsandbytes.")
     if precision == "bf16" and not on_cpu and torch.backends.mps.is_available():
         raise DreamBoothError("bf16 does not train on Apple's GPUs: use --mixed_precision fp16, or no.")
     out = Path(settings.output_dir)

@@ -17,7 +17,8 @@ def fast_dtype(device: str) -> torch.dtype:
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # a CPU without these instructions emulates bfloat16, slower than float32
-    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell them
+    native = device == "cpu" and capabilities.get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 
