@@ -207,7 +207,22 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib / total))
 
     def row(self, name: str) -> dict:
-        """Time, peak memory, floor and quality of one recipe or speed-up."""
+        """Time, peak memory, floor and quality of one recipe or speed-up.
+
+        A machine that others share drifts, within minutes and by more than some speed-ups are worth. So each of them
+        has the unchanged pipeline measured beside it: `eager` holds its seconds right before and right after.
+        """
+        if self.options.study != "speed":
+            return self._row(name)
+        before, figures, after = self._eager(), self._row(name), self._eager()
+        return figures | {"eager": [before, after]}
+
+    def _eager(self) -> float:
+        gc.collect()
+        pipe, _ = self.make(RECIPES["default"])
+        return measure.timed(lambda i: self.draw(pipe, i), n=min(5, self.options.calls), warmup=1)["median"]
+
+    def _row(self, name: str) -> dict:
         reference, counted = self.reference()
         gc.collect()
         if self.device == "cuda":
@@ -285,6 +300,11 @@ def adherence(pictures: list, prompts: tuple[str, ...]) -> dict:
     return measure.share(answers)
 
 
+def of_eager(record: dict) -> tuple[float, float, float]:
+    """A row's time as a share of eager's beside it: by the mean of both moments, and the range between them."""
+    return tuple(record["median"] / t for t in (sum(record["eager"]) / 2, max(record["eager"]), min(record["eager"])))
+
+
 def table(records: list[dict], study: str) -> str:
     """The records for the terminal."""
     lines = []
@@ -297,6 +317,7 @@ def table(records: list[dict], study: str) -> str:
             figures = f"{r['median']:8.3f} s ({r['low']:.3f} to {r['high']:.3f}), floor {r['floor']:.3f} s, "
             figures += f"peak {r['device_peak'] / GIB:.3f} GiB, distance {r['distance']:.1f}"
             figures += f", right {r['right']['share']:.0%}" if "right" in r else ""
+            figures += ", {:.2f} ({:.2f} to {:.2f}) of eager's time".format(*of_eager(r)) if "eager" in r else ""
             figures += f", and {r['encoding']:.1f} s before, to encode the prompts" if "encoding" in r else ""
         lines.append(f"{r['model'] + ' ' if study == 'bytes' else ''}{r['row']:<26} {figures}")
     return "\n".join(lines)
