@@ -21,6 +21,9 @@ class OpenProcessor:
     reads; `outputs` is (N, tokens, width), what each token has read, before the output projection; `largest_logit` is
     the largest absolute value that went into the softmax. Weights are large (SD3 Medium at 1024 pixels: 1.7 GB a layer
     with guidance), so with a `reduce` neither is kept, but as `kept` what `reduce(weights, outputs)` gives.
+
+    The last `concepts` of the text's tokens go along without a trace: no other token reads them, and they read the
+    picture and each other (ConceptAttention, arXiv 2502.04320, section 4).
     """
 
     largest_logit: float
@@ -28,8 +31,8 @@ class OpenProcessor:
     outputs: torch.Tensor
     kept: object
 
-    def __init__(self, reduce: Reduce | None = None):
-        self.reduce = reduce
+    def __init__(self, reduce: Reduce | None = None, concepts: int = 0):
+        self.reduce, self.concepts = reduce, concepts
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_
@@ -44,7 +47,12 @@ class OpenProcessor:
             streams.append(heads(encoder_hidden_states, *added))
         query, key, value = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
         logits = query @ key.transpose(-1, -2) * attn.scale
-        self.largest_logit, weights = max(logits.max(), -logits.min()).item(), logits.softmax(-1)
+        self.largest_logit = max(logits.max(), -logits.min()).item()
+        if self.concepts:
+            end = logits.shape[-1] - self.concepts
+            logits[..., :end, end:] = -torch.inf
+            logits[..., end:, hidden_states.shape[1] : end] = -torch.inf
+        weights = logits.softmax(-1)
         outputs = (weights @ value).transpose(1, 2).flatten(2)
         if self.reduce is None:
             self.weights, self.outputs = weights, outputs
@@ -58,10 +66,10 @@ class OpenProcessor:
 
 
 @contextlib.contextmanager
-def opened(transformer, reduce: Reduce | None = None) -> Iterator[list[OpenProcessor]]:
+def opened(transformer, reduce: Reduce | None = None, concepts: int = 0) -> Iterator[list[OpenProcessor]]:
     """Put an `OpenProcessor` into the joint attention of each block while this lasts; gives them in order."""
     before = [block.attn.processor for block in transformer.transformer_blocks]
-    open_ones = [OpenProcessor(reduce) for _ in before]
+    open_ones = [OpenProcessor(reduce, concepts) for _ in before]
     for block, processor in zip(transformer.transformer_blocks, open_ones, strict=True):
         block.attn.processor = processor
     try:
@@ -111,12 +119,13 @@ def maps(
     Args:
         words: each must be in the prompt.
         callback: run at the end of each step, as the pipeline's `callback_on_step_end`.
-        settings: more arguments for the pipeline.
+        settings: more arguments for the pipeline, a `negative_prompt` among them.
 
     Returns:
         `image`; `raw` (words, steps, layers, rows, columns): the attention that picture tokens pay to a word's tokens;
-        `concept`, the same shape: ConceptAttention (arXiv 2502.04320), the similarity of what picture tokens and a
-        word's tokens have read (the attention's outputs), as a softmax over the words given.
+        `concept`, the same shape: ConceptAttention (arXiv 2502.04320). Each word, encoded alone, goes along as concept
+        tokens; the map is the similarity of what picture tokens and a word's concept tokens have read (the attention's
+        outputs), as a softmax over the words given.
 
     Raises:
         ValueError: no words, or one that is not in the prompt.
@@ -124,13 +133,20 @@ def maps(
     if not words:
         raise ValueError(f"There is no word to look at: name some of the prompt {prompt!r}.")
     places = [word_tokens(pipe, prompt, word, max_sequence_length) for word in words]
+    asked = {"negative_prompt": settings.pop("negative_prompt", ""), "max_sequence_length": max_sequence_length}
+    embeds, empty, pooled, empty_pooled = pipe.encode_prompt(prompt, None, None, **asked)
+    concepts = [
+        pipe.encode_prompt(word, None, None, **asked)[0][0, word_tokens(pipe, word, word, max_sequence_length)]
+        for word in words
+    ]
+    along, sizes = torch.cat(concepts)[None], [len(tokens) for tokens in concepts]
     raw, concept = [], []
 
     def reduce(weights, outputs):
         weights, outputs = weights[-1], outputs[-1]  # the prompt's half, not the empty one's
-        picture = len(outputs) - 77 - max_sequence_length
+        picture = len(outputs) - embeds.shape[1] - sum(sizes)
         read = torch.stack([weights[:, :picture, [picture + p for p in at]].sum(-1).mean(0) for at in places])
-        said = torch.stack([outputs[[picture + p for p in at]].mean(0) for at in places])
+        said = torch.stack([part.mean(0) for part in outputs[-sum(sizes) :].split(sizes)])
         return read, (outputs[:picture] @ said.T).softmax(-1).T
 
     def keep(pipe, step, timestep, values):
@@ -139,12 +155,14 @@ def maps(
         concept.append(torch.stack(similar, 1))
         return values if callback is None else callback(pipe, step, timestep, values)
 
-    with opened(pipe.transformer, reduce) as processors:
+    with opened(pipe.transformer, reduce, sum(sizes)) as processors:
         image = pipe(
-            prompt,
+            prompt_embeds=torch.cat([embeds, along], 1),
+            negative_prompt_embeds=torch.cat([empty, along], 1),
+            pooled_prompt_embeds=pooled,
+            negative_pooled_prompt_embeds=empty_pooled,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
-            max_sequence_length=max_sequence_length,
             callback_on_step_end=keep,
             **settings,
         ).images[0]

@@ -32,6 +32,33 @@ def test_the_open_processor_agrees_with_diffusers(switches):
         assert processor.largest_logit > 0
 
 
+def test_concept_tokens_read_the_picture_and_leave_no_trace():
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        caption_projection_dim=64, pooled_projection_dim=24, pos_embed_max_size=16, qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+    picture, text, pooled, timestep = (
+        torch.randn(1, 16, 16, 16),
+        torch.randn(1, 9, 32),
+        torch.randn(1, 24),
+        torch.ones(1),
+    )
+    along = torch.cat([text, torch.randn(1, 3, 32)], 1)
+    with torch.no_grad():
+        alone = model(picture, text, pooled, timestep).sample
+        noticed = model(picture, along, pooled, timestep).sample
+        with attention.opened(model, concepts=3) as processors:
+            unnoticed = model(picture, along, pooled, timestep).sample
+    torch.testing.assert_close(unnoticed, alone, atol=1e-5 * alone.abs().max().item(), rtol=1e-4)
+    assert (noticed - alone).abs().max() > 100 * (unnoticed - alone).abs().max()
+    for processor in processors:
+        read = processor.weights[0, :, -3:]  # what the three read: the 64 picture tokens and each other
+        assert (read[..., :64] > 0).all() and (read[..., 64:-3] == 0).all() and (read[..., -3:] > 0).all()
+
+
 def test_maps_leave_the_picture_as_it_is_and_have_a_place_for_each_token(pipe):
     prompt, settings = "a fox on a blue background, flat", {"num_inference_steps": 3, "max_sequence_length": 40}
     found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=3)
