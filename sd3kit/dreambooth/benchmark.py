@@ -1,6 +1,6 @@
 """How fast and how large a training is: this package's command beside diffusers' own script, on the same pictures.
 
-    python -m sd3kit.dreambooth.benchmark --script examples/dreambooth/train_dreambooth_lora_sd3.py
+    python -m sd3kit.dreambooth.benchmark --script train_dreambooth_lora_sd3.py --out training.jsonl
 
 Two comparisons: `defaults`, each with its own, and `equal`, the same caching and checkpointing on both sides, so that
 one sees what the code is worth and what the settings are. Both train the same loss (`--precondition_outputs=0`). Each
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import runpy
 import shutil
 import statistics
@@ -63,11 +64,16 @@ def inside(target: str, arguments: list[str], report: Path) -> None:
 
 
 def _peak_resident() -> int:
-    """The largest resident memory of this process so far, in bytes (Linux and macOS)."""
+    """The largest resident memory of this process so far, in bytes (Linux and macOS).
+
+    Linux's `getrusage` is of no use here: a new process starts with the peak of the one that started it.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1])
     import resource
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(target: str, arguments: list[str], loss: bool = True) -> dict:
@@ -103,23 +109,27 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     from ..loading import load
     from . import data
     from .model import encode
+    from .saving import LORA_FILE
     from .settings import parse
     from .train import flow_matching_loss, latents, noise_levels
 
     settings = parse(arguments)
     pipe = load(settings.pretrained_model_name_or_path, quiet=True)
-    pipe.load_lora_weights(str(out))
+    pipe.load_lora_weights(str(out), weight_name=LORA_FILE)
     side = settings.resolution // pipe.vae_scale_factor
     samples = data.Samples([data.instance_rows(settings)], settings, 99, (pipe.vae.config.latent_channels, side, side))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    batch = data.collate([samples[n] for n in range(20)])
-    with torch.no_grad():
-        x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
-        sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
-        embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length)
-        x = ((1 - sigma) * x0 + sigma * noise).to(pipe.dtype)
-        velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
-    return flow_matching_loss(velocity, x0, noise, sigma).mean().item()
+    losses = []
+    for n in range(20):  # one at a time: a card that could train with a batch of one can do this
+        batch = data.collate([samples[n]])
+        with torch.no_grad():
+            x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
+            sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
+            embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length)
+            x = ((1 - sigma) * x0 + sigma * noise).to(pipe.dtype)
+            velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
+        losses.append(flow_matching_loss(velocity, x0, noise, sigma).mean().item())
+    return statistics.fmean(losses)
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
@@ -149,7 +159,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, default=subject.PICTURES, help="the folder (this project's five)")
     parser.add_argument("--resolution", type=int, default=128, help="pixels of a side (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="pictures an update (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="updates of each training, at least 4 (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each training, at least 4 (%(default)s)")
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="of both (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the records here, as JSON lines")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -184,7 +194,7 @@ def main(words: list[str] | None = None) -> int:
         names = ("model", "resolution", "batch", "steps", "precision")
         given = {name: getattr(options, name) for name in names}
         script = [f"--script {options.script.name}"] if options.script else []
-        words = [*script, *(f"--{name} {value}" for name, value in given.items())]
+        words = [*script, *(f"--{name} {value}" for name, value in given.items()), f"--out {options.out.name}"]
         stamp = given | {"stamp": measure.stamp(" ".join(["python -m sd3kit.dreambooth.benchmark", *words]))}
         if options.script:
             stamp["script"] = hashlib.sha256(options.script.read_bytes()).hexdigest()[:16]

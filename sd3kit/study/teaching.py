@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..dreambooth import subject
 from ..dreambooth.model import ATTENTION
+from ..dreambooth.saving import LORA_FILE
 from ..loading import environment_alone, load
 from ..measure import share
 from ..nano.evaluate import pictures
@@ -52,6 +53,8 @@ CHANGES: dict[str, dict] = {
     "rate 1.6e-2": {"learning_rate": 1.6e-2},
     "prior preservation": PRIOR,
     "in full": FULL,
+    "in full, guidance 3": FULL,
+    "before, guidance 3": {"max_train_steps": None},  # the control of the row above
     "captions shuffled": {},
     "sigma squared in the loss": {"precondition_outputs": 1},
 }
@@ -67,13 +70,14 @@ def prompts(count: int) -> tuple[list[str], list[str]]:
 
 
 @functools.cache
-def before(count: int) -> list[np.ndarray]:
-    """The other subjects as nano draws them untaught."""
-    return [np.asarray(image, np.float32) for image in pictures(tools()[0], prompts(count)[1], **DRAWING)]
+def before(count: int, scale: float) -> list[np.ndarray]:
+    """The other subjects as nano draws them untaught, at this guidance scale."""
+    drawn = pictures(tools()[0], prompts(count)[1], guidance_scale=scale, **DRAWING)
+    return [np.asarray(image, np.float32) for image in drawn]
 
 
 def taught(change: str, seed: int, folder: Path, **more):
-    """The pipeline after a training with one change; its result is written to `folder`/out.
+    """The pipeline after a training with one change (or a drawing with one); its result is written to `folder`/out.
 
     nano itself is not changed: a LoRA is loaded into a pipeline of its own.
     """
@@ -95,7 +99,7 @@ def taught(change: str, seed: int, folder: Path, **more):
     if options.get("full_finetuning"):
         return load(folder / "out", quiet=True)
     pipe = load("nano", quiet=True)
-    pipe.load_lora_weights(folder / "out")
+    pipe.load_lora_weights(folder / "out", weight_name=LORA_FILE)
     return pipe
 
 
@@ -122,7 +126,8 @@ def dreambooth(row: dict, count: int = 18, **more) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         pipe = taught(row["change"], row["seed"], Path(folder), **more)
     new, others = prompts(count)
-    drawn, rest = (pictures(pipe, asked, **DRAWING) for asked in (new, others))
+    scale = 3.0 if row["change"].endswith("guidance 3") else 7.0
+    drawn, rest = (pictures(pipe, asked, guidance_scale=scale, **DRAWING) for asked in (new, others))
     kept = [judge.subject(image) for image in rest]
     return {
         "our robot": share([subject.is_robot(judge, image) for image in drawn]),
@@ -131,7 +136,7 @@ def dreambooth(row: dict, count: int = 18, **more) -> dict:
         ),
         "others kept": share([k is not None and k[0] in p.split() for k, p in zip(kept, others, strict=True)]),
         "others turned into it": share([subject.is_robot(judge, image) for image in rest]),
-        "drift": mean([_change(a, b) for a, b in zip(rest, before(count), strict=True)]),
+        "drift": mean([_change(a, b) for a, b in zip(rest, before(count, scale), strict=True)]),
     }
 
 
@@ -143,8 +148,8 @@ def _change(image: Image.Image, earlier: np.ndarray) -> float:
 STUDIES = {
     "dreambooth": Study(
         "what DreamBooth on nano teaches and spoils, one change at a time, 3 seeds",
-        [{"change": "before", "seed": 0}]
-        + [{"change": change, "seed": seed} for seed in range(3) for change in CHANGES if change != "before"],
+        [{"change": change, "seed": 0} for change in CHANGES if change.startswith("before")]
+        + [{"change": change, "seed": seed} for seed in range(3) for change in CHANGES if "before" not in change],
         dreambooth,
     )
 }
