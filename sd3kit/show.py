@@ -63,18 +63,19 @@ def grid(
     if len(labels) != len(images):
         raise ValueError(f"A grid needs one label for each image, not {len(labels)} labels for {len(images)} images.")
     columns = columns or min(len(images), 8)
-    rows = -(-len(images) // columns)
     font, heading, gap = ImageFont.load_default(14), ImageFont.load_default(15), 8
     lines = [_wrap(label, font, side) for label in labels]
     head = 28 if title else gap
-    label_height = 18 * max(map(len, lines)) + (4 if any(labels) else 0)
-    cell = side + gap, side + gap + label_height
-    width = max(columns * cell[0] + gap, round(heading.getlength(title)) + 2 * gap if title else 0)
-    sheet = Image.new("RGB", (width, head + rows * cell[1]), "white")
+    heights = []  # of each row, with the most lines of its labels
+    for start in range(0, len(images), columns):
+        most = max(map(len, lines[start : start + columns]))
+        heights.append(side + gap + 18 * most + (4 if any(labels) else 0))
+    width = max(columns * (side + gap) + gap, round(heading.getlength(title)) + 2 * gap if title else 0)
+    sheet = Image.new("RGB", (width, head + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 6), title, font=heading, fill="black")
     for i, (image, label) in enumerate(zip(images, lines, strict=True)):
-        x, y = gap + i % columns * cell[0], head + i // columns * cell[1]
+        x, y = gap + i % columns * (side + gap), head + sum(heights[: i // columns])
         scale = side / max(image.size)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         # small pictures grow by whole pixels where they can, and are not blurred

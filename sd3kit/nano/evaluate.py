@@ -192,8 +192,8 @@ def showcase(pipe) -> show.Picture:
     return show.grid(images, labels=SHOWCASE, columns=6, side=144, title="Drawn by nano, seed 0 each, none picked")
 
 
-def best_median_worst(pipe, judge: Judge, count: int = 24, each: int = 8) -> show.Picture:
-    """Held-out single subjects, sorted by the distance to the art that was asked for: three rows from both ends."""
+def best_median_worst(pipe, judge: Judge, count: int = 150, each: int = 8) -> show.Picture:
+    """Held-out single subjects, by the distance to the art that was asked for: a row each of best, median and worst."""
     asked = ask("single", count, judge.subjects, True, 7)
     drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], seed=1000)
     order = sorted(range(count), key=lambda i: judge.distance(drawn[i], asked[i].subjects[0].name, asked[i].style))
@@ -204,5 +204,5 @@ def best_median_worst(pipe, judge: Judge, count: int = 24, each: int = 8) -> sho
         labels=[scenes.caption(asked[i]) for i in chosen],
         columns=each,
         side=128,
-        title=f"Best, median and worst of {count} held-out prompts, by distance to the art that was asked for",
+        title=f"Best (top), median and worst (bottom) of {count} held-out prompts, by distance to the art asked for",
     )
