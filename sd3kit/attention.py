@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 Reduce = Callable[[torch.Tensor, torch.Tensor], object]
+ENCODING = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "clip_skip")
 
 
 class OpenProcessor:
@@ -119,7 +120,7 @@ def maps(
     Args:
         words: each must be in the prompt.
         callback: run at the end of each step, as the pipeline's `callback_on_step_end`.
-        settings: more arguments for the pipeline, a `negative_prompt` among them.
+        settings: more arguments for the pipeline, for one picture.
 
     Returns:
         `image`; `raw` (words, steps, layers, rows, columns): the attention that picture tokens pay to a word's tokens;
@@ -133,12 +134,16 @@ def maps(
     if not words:
         raise ValueError(f"There is no word to look at: name some of the prompt {prompt!r}.")
     places = [word_tokens(pipe, prompt, word, max_sequence_length) for word in words]
-    asked = {"negative_prompt": settings.pop("negative_prompt", ""), "max_sequence_length": max_sequence_length}
-    embeds, empty, pooled, empty_pooled = pipe.encode_prompt(prompt, None, None, **asked)
-    concepts = [
-        pipe.encode_prompt(word, None, None, **asked)[0][0, word_tokens(pipe, word, word, max_sequence_length)]
-        for word in words
-    ]
+    asked = {name: settings.pop(name) for name in ENCODING if name in settings}
+    asked |= {"lora_scale": (settings.get("joint_attention_kwargs") or {}).get("scale")}
+    asked |= {"max_sequence_length": max_sequence_length}
+    embeds, empty, pooled, empty_pooled = pipe.encode_prompt(
+        prompt, asked.pop("prompt_2", None), asked.pop("prompt_3", None), **asked
+    )
+    alone = pipe.encode_prompt(
+        list(words), None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+    )[0]
+    concepts = [one[word_tokens(pipe, word, word, max_sequence_length)] for one, word in zip(alone, words, strict=True)]
     along, sizes = torch.cat(concepts)[None], [len(tokens) for tokens in concepts]
     raw, concept = [], []
 

@@ -69,11 +69,12 @@ def _peak_resident() -> int:
     Linux's `getrusage` is of no use here: a new process starts with the peak of the one that started it.
     """
     if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1])
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run(target: str, arguments: list[str], loss: bool = True) -> dict:
@@ -99,12 +100,16 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
         if not times:
             return {"failed": "fewer than three updates: nothing to time"}
         found["seconds"] = {"median": statistics.median(times), "low": min(times), "high": max(times), "n": len(times)}
-        return found | ({"loss": saved_loss(arguments, out)} if loss else {})
+        try:
+            return found | ({"loss": saved_loss(arguments, out)} if loss else {})
+        except Exception as error:  # what was timed is kept
+            return found | {"failed": f"its loss could not be measured: {type(error).__name__}: {error}"[:300]}
 
 
 def saved_loss(arguments: list[str], out: Path) -> float:
     """The flow-matching loss on the pictures of the model with the LoRA that was saved, on fixed noise."""
     import torch
+    from diffusers.training_utils import free_memory
 
     from ..loading import load
     from . import data
@@ -116,19 +121,22 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     settings = parse(arguments)
     pipe = load(settings.pretrained_model_name_or_path, quiet=True)
     pipe.load_lora_weights(str(out), weight_name=LORA_FILE)
+    pipe.vae.to(torch.float32)  # as in training
     side = settings.resolution // pipe.vae_scale_factor
     samples = data.Samples([data.instance_rows(settings)], settings, 99, (pipe.vae.config.latent_channels, side, side))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     losses = []
-    for n in range(20):  # one at a time: a card that could train with a batch of one can do this
+    for n in range(20):
         batch = data.collate([samples[n]])
         with torch.no_grad():
             x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
             sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
             embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length)
-            x = ((1 - sigma) * x0 + sigma * noise).to(pipe.dtype)
+            x = ((1 - sigma) * x0 + sigma * noise).to(pipe.transformer.dtype)
             velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
         losses.append(flow_matching_loss(velocity, x0, noise, sigma).mean().item())
+    del pipe
+    free_memory()  # the next training is another process on the same device
     return statistics.fmean(losses)
 
 

@@ -59,8 +59,8 @@ _NAMES = """<img alt="" width="0" height="0" style="display:none" src="data:," o
     });
   }
   var link = null;
-  root.addEventListener('focusin', function (event) {
-    link = event.target.matches('a[download]') ? event.target : null;
+  document.addEventListener('focusin', function (event) {
+    link = root.contains(event.target) && event.target.matches('a[download]') ? event.target : null;
   });
   root.addEventListener('focusout', function () {
     setTimeout(function () { if (link && link.isConnected && document.activeElement !== link) { link = null; } });
