@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 Reduce = Callable[[torch.Tensor, torch.Tensor], object]
+# The pipeline's arguments that its `encode_prompt` takes.
 ENCODING = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "clip_skip")
 
 
@@ -134,11 +135,10 @@ def maps(
     if not words:
         raise ValueError(f"There is no word to look at: name some of the prompt {prompt!r}.")
     places = [word_tokens(pipe, prompt, word, max_sequence_length) for word in words]
-    asked = {name: settings.pop(name) for name in ENCODING if name in settings}
-    asked |= {"lora_scale": (settings.get("joint_attention_kwargs") or {}).get("scale")}
-    asked |= {"max_sequence_length": max_sequence_length}
+    asked = {"prompt_2": None, "prompt_3": None} | {name: settings.pop(name) for name in ENCODING if name in settings}
+    scale = (settings.get("joint_attention_kwargs") or {}).get("scale")
     embeds, empty, pooled, empty_pooled = pipe.encode_prompt(
-        prompt, asked.pop("prompt_2", None), asked.pop("prompt_3", None), **asked
+        prompt, **asked, lora_scale=scale, max_sequence_length=max_sequence_length
     )
     alone = pipe.encode_prompt(
         list(words), None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length

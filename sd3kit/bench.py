@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from diffusers.training_utils import free_memory
 
 from . import configs, loading, measure
 from .account import GIB, peaks
@@ -215,24 +216,20 @@ class Bench:
         if self.options.study != "speed":
             return self._row(name)
         self.reference()  # sets the cap
-        before, figures = self._eager(), self._row(name)
-        torch._dynamo.reset()
+        eager, figures = [self._eager()], self._row(name)
         with contextlib.suppress(torch.OutOfMemoryError):  # what the row found is kept
-            return figures | {"eager": [before, self._eager()]}
-        return figures | {"eager": [before]}
+            eager.append(self._eager())
+        return figures | {"eager": eager}
 
     def _eager(self) -> float:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        free_memory()
         pipe, _ = self.make(RECIPES["default"])
         return measure.timed(lambda i: self.draw(pipe, i), n=min(5, self.options.calls), warmup=1)["median"]
 
     def _row(self, name: str) -> dict:
         reference, counted = self.reference()
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         speed = self.options.study == "speed"
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -244,7 +241,6 @@ class Bench:
         if self.device == "cuda":
             building = torch.cuda.max_memory_allocated()
         precision, inductor = torch.get_float32_matmul_precision(), torch._inductor.config
-        torch._dynamo.reset()
         try:
             # what a speed-up sets for the whole process is put back after its row
             flags = {flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}

@@ -59,9 +59,11 @@ def test_concept_tokens_read_the_picture_and_leave_no_trace():
         assert (read[..., :64] > 0).all() and (read[..., 64:-3] == 0).all() and (read[..., -3:] > 0).all()
 
 
-def test_maps_leave_the_picture_as_it_is_and_have_a_place_for_each_token(pipe):
-    prompt, settings = "a fox on a blue background, flat", {"num_inference_steps": 3, "max_sequence_length": 40}
-    found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=3)
+@pytest.mark.parametrize("more", [{}, {"clip_skip": 1}, {"prompt_2": "an owl", "negative_prompt": "a red cat"}])
+def test_maps_leave_the_picture_as_it_is_and_have_a_place_for_each_token(pipe, more):
+    prompt = "a fox on a blue background, flat"
+    settings = {"num_inference_steps": 3, "max_sequence_length": 40} | more
+    found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=3, **more)
     plain = pipe(prompt, generator=torch.Generator().manual_seed(3), **settings).images[0]
     difference = torch.tensor(list(found["image"].tobytes())).float() - torch.tensor(list(plain.tobytes())).float()
     assert difference.abs().max() <= 2

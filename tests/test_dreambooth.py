@@ -1,5 +1,6 @@
 """DreamBooth: it learns, what it writes loads in diffusers, it survives kills, and wrong arguments are answered."""
 
+import argparse
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import is_bitsandbytes_version
 from PIL import Image
 
@@ -129,7 +131,7 @@ def test_it_learns_and_the_lora_loads_in_diffusers(tmp_path):
         return np.asarray(made.images[0], np.float32)
 
     before, loss = draw(), fixed_loss(pipe.transformer, pipe)
-    pipe.load_lora_weights(tmp_path, weight_name=saving.LORA_FILE)
+    pipe.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
     after, learnt = draw(), fixed_loss(pipe.transformer, pipe)
     assert learnt < 0.9 * loss, (learnt, loss)
     assert np.abs(after - before).mean() > 2
@@ -308,7 +310,7 @@ def test_text_encoders_learn_too(tmp_path, monkeypatch):
     pipe = sd3kit.load("nano", quiet=True)
     with torch.no_grad():
         before = what_learns.encode(pipe, ["a sks robot"], 12)[0]
-        pipe.load_lora_weights(tmp_path, weight_name=saving.LORA_FILE)
+        pipe.load_lora_weights(tmp_path, weight_name=LORA_WEIGHT_NAME_SAFE)
         after = what_learns.encode(pipe, ["a sks robot"], 12)[0]
     change = (after - before).abs().amax((0, 2))
     assert change[:77].max() > 1e-3 and change[77:].max() == 0  # the CLIPs, not the T5
@@ -845,6 +847,16 @@ def test_a_peak_is_the_process_own_and_not_its_parents():
     words = "from sd3kit.dreambooth.benchmark import _peak_resident; print(_peak_resident())"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert 2**24 < int(said.stdout) < 2**30
+
+
+def test_what_was_timed_is_kept_where_the_loss_cannot_be_measured(monkeypatch):
+    def full(arguments, out):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(benchmark, "saved_loss", full)
+    given = dict(model="nano", pictures=PICTURES, resolution=64, batch=1, steps=4, precision="no")
+    found = benchmark.run(benchmark.OURS, benchmark.arguments(argparse.Namespace(**given)))
+    assert found["seconds"]["n"] == 2 and found["failed"].endswith("RuntimeError: out of memory")
 
 
 def test_the_benchmark_times_both_sides_and_says_what_did_not_run(tmp_path):

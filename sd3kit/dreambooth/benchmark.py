@@ -109,18 +109,18 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
 def saved_loss(arguments: list[str], out: Path) -> float:
     """The flow-matching loss on the pictures of the model with the LoRA that was saved, on fixed noise."""
     import torch
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from diffusers.training_utils import free_memory
 
     from ..loading import load
     from . import data
     from .model import encode
-    from .saving import LORA_FILE
     from .settings import parse
     from .train import flow_matching_loss, latents, noise_levels
 
     settings = parse(arguments)
     pipe = load(settings.pretrained_model_name_or_path, quiet=True)
-    pipe.load_lora_weights(str(out), weight_name=LORA_FILE)
+    pipe.load_lora_weights(str(out), weight_name=LORA_WEIGHT_NAME_SAFE)
     pipe.vae.to(torch.float32)  # as in training
     side = settings.resolution // pipe.vae_scale_factor
     samples = data.Samples([data.instance_rows(settings)], settings, 99, (pipe.vae.config.latent_channels, side, side))

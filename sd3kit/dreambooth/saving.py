@@ -22,7 +22,6 @@ from .data import picture_files
 from .model import Denoiser, encode, load
 from .settings import PROGRESS, DreamBoothError, Settings, checkpoint_step, checkpoints, is_checkpoint
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name; its 0.39 does not look for it without a network
 TRAINED_FILE = "trained.safetensors"
 AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
 

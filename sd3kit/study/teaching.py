@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
 from ..dreambooth import subject
 from ..dreambooth.model import ATTENTION
-from ..dreambooth.saving import LORA_FILE
 from ..loading import environment_alone, load
 from ..measure import share
 from ..nano.evaluate import pictures
@@ -39,10 +39,11 @@ BASE = dict(
 )
 DRAWING = dict(num_inference_steps=14, max_sequence_length=BASE["max_sequence_length"])  # as it was trained
 FULL = dict(full_finetuning=True, lora_layers=None, learning_rate=1e-3)
+UNTAUGHT = dict(max_train_steps=None)
 PRIOR = dict(with_prior_preservation=True, class_prompt="a robot", num_class_images=10, sample_batch_size=10)
 # One change to BASE each; a caption that does not belong to its picture is made in the folder, see `_pictures`.
 CHANGES: dict[str, dict] = {
-    "before": {"max_train_steps": None},
+    "before": UNTAUGHT,
     "base": {},
     "rank 2": {"rank": 2},
     "rank 64": {"rank": 64},
@@ -54,10 +55,11 @@ CHANGES: dict[str, dict] = {
     "prior preservation": PRIOR,
     "in full": FULL,
     "in full, guidance 3": FULL,
-    "before, guidance 3": {"max_train_steps": None},  # the control of the row above
+    "before, guidance 3": UNTAUGHT,  # the control of the row above
     "captions shuffled": {},
     "sigma squared in the loss": {"precondition_outputs": 1},
 }
+GUIDANCE = {"in full, guidance 3": 3.0, "before, guidance 3": 3.0}  # what is drawn otherwise than at 7
 COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the five pictures
 OTHERS = ("robot", "fox", "panda", "rocket", "mushroom", "star")
 
@@ -99,7 +101,7 @@ def taught(change: str, seed: int, folder: Path, **more):
     if options.get("full_finetuning"):
         return load(folder / "out", quiet=True)
     pipe = load("nano", quiet=True)
-    pipe.load_lora_weights(folder / "out", weight_name=LORA_FILE)
+    pipe.load_lora_weights(folder / "out", weight_name=LORA_WEIGHT_NAME_SAFE)  # diffusers 0.39 wants it offline
     return pipe
 
 
@@ -126,7 +128,7 @@ def dreambooth(row: dict, count: int = 18, **more) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         pipe = taught(row["change"], row["seed"], Path(folder), **more)
     new, others = prompts(count)
-    scale = 3.0 if row["change"].endswith("guidance 3") else 7.0
+    scale = GUIDANCE.get(row["change"], 7.0)
     drawn, rest = (pictures(pipe, asked, guidance_scale=scale, **DRAWING) for asked in (new, others))
     kept = [judge.subject(image) for image in rest]
     return {
@@ -148,8 +150,8 @@ def _change(image: Image.Image, earlier: np.ndarray) -> float:
 STUDIES = {
     "dreambooth": Study(
         "what DreamBooth on nano teaches and spoils, one change at a time, 3 seeds",
-        [{"change": change, "seed": 0} for change in CHANGES if change.startswith("before")]
-        + [{"change": change, "seed": seed} for seed in range(3) for change in CHANGES if "before" not in change],
+        [{"change": change, "seed": 0} for change in CHANGES if CHANGES[change] == UNTAUGHT]
+        + [{"change": change, "seed": s} for s in range(3) for change in CHANGES if CHANGES[change] != UNTAUGHT],
         dreambooth,
     )
 }
