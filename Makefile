@@ -13,6 +13,9 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r 
 # A test process for each core, each with one thread: several threads in each would wait for one another.
 SPREAD := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
 
+# Threads that wait must not spin, see sd3kit/__init__.py; what is set already stays.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: lab app test test-shapes notebooks lint clean
 
 lab: $(VENV)/ready

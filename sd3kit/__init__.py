@@ -1,17 +1,35 @@
 """Learn Stable Diffusion 3: a small real SD3 in the package, and thin helpers around diffusers.
 
-`load` gives a plain diffusers pipeline; everything else is in its own module (`show`, `check`, `measure`).
+`load` gives a plain diffusers pipeline. Each package begins with what it is for and where to start reading; from the
+bottom up: `loading`, `records`, `lesson`, `recipe`, `measuring`, `study`, `explore`, `dreambooth`, `command`.
 """
 
-from .loading import MODELS, LoadError, load
+import os
+import sys
+
+# Threads of torch that wait for each other must sleep, not spin: beside any other work a spinning thread takes the core
+# that it waits for (up to 40 times slower). OpenMP reads this once, when torch is loaded; what a person has set stays.
+if "OMP_WAIT_POLICY" not in os.environ and "torch" in sys.modules:
+    print(
+        "sd3kit: torch was imported first, so its threads spin while they wait; beside other work that is slow. "
+        "Import sd3kit before torch, or set OMP_WAIT_POLICY=PASSIVE.",
+        file=sys.stderr,
+    )
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from .loading.names import MODELS, LoadError
 
 __all__ = ["MODELS", "LoadError", "fit", "load"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name == "fit":  # on first use: it brings diffusers' configurations with it
-        from .account import fit
+    if name == "load":  # on first use: it brings torch with it
+        from .loading.pipeline import load
+
+        return load
+    if name == "fit":
+        from .measuring.account import fit
 
         return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import measure
+from . import records
+from .errors import UserError
 
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>\n*", re.DOTALL)
 PROMPT = "a fox on a blue background, flat"
@@ -30,10 +31,6 @@ explore.schedule(pipe, {PROMPT!r}, steps=2)
 DRAW = f"""
 times = [explore.text_to_image(pipe, {PROMPT!r}, seed=seed).seconds for seed in range({{pictures}})]
 """
-
-
-class TeachError(Exception):
-    """Something that the teacher can mend; one sentence."""
 
 
 def without_solutions(notebook: dict) -> dict:
@@ -61,20 +58,20 @@ def strip(source: Path, out: Path) -> list[Path]:
         The files written, in order.
 
     Raises:
-        TeachError: there are no notebooks, the two folders are the same, or a file is not a notebook.
+        UserError: there are no notebooks, the two folders are the same, or a file is not a notebook.
     """
     files = sorted(source.glob("*.ipynb")) if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise TeachError(f"There are no notebooks in {source}: give the folder that holds them.")
+        raise UserError(f"There are no notebooks in {source}: give the folder that holds them.")
     if out.resolve() == files[0].parent.resolve():
-        raise TeachError(f"{out} holds the originals: give another folder after -o.")
+        raise UserError(f"{out} holds the originals: give another folder after -o.")
     written = []
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         try:
             stripped = without_solutions(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
-            raise TeachError(f"{file} is not a notebook.") from error
+            raise UserError(f"{file} is not a notebook.") from error
         path = out / file.name
         path.write_text(json.dumps(stripped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         written.append(path)
@@ -215,18 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
                 print(path)
             return 0
         if min(*options.learners, options.pictures, options.threads, 1) < 1:
-            raise TeachError("--learners, --pictures and --threads must be 1 or more.")
-    except TeachError as error:
+            raise UserError("--learners, --pictures and --threads must be 1 or more.")
+    except UserError as error:
         print(f"sd3kit: {error}", file=sys.stderr)
         return 2
     settings = {"pictures": options.pictures, "threads": options.threads, "model": options.model}
     rows = {f"{n} learners": lambda n=n: seats(n, **settings) for n in options.learners}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    identity = {"study": "seats", **settings, "machine": measure.processor(), "cores": cores}
+    identity = {"study": "seats", **settings, "machine": records.processor(), "cores": cores}
     command = f"python -m sd3kit.teach seats --pictures {options.pictures} --threads {options.threads}"
     if options.model:
         command += f" --model {shlex.quote(options.model)}"
-    print(report(measure.study(rows, options.out, identity, command)))
+    print(report(records.study(rows, options.out, identity, command)))
     return 0
 
 

@@ -3,6 +3,8 @@
 import os
 import random
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as sd3kit does
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def judge():
-    from sd3kit.nano.judge import Judge
+    from sd3kit.recipe.judge import Judge
 
     return Judge()
 
@@ -46,8 +48,8 @@ def art(judge):
 
     class SmallArt:
         def __init__(self):
-            from sd3kit.nano.judge import TEMPLATES
-            from sd3kit.nano.scenes import STYLES
+            from sd3kit.recipe.judge import TEMPLATES
+            from sd3kit.recipe.scenes import STYLES
 
             sheet = Image.open(TEMPLATES).convert("RGBA")
             side, self.pixels, self.keys = sheet.width // len(STYLES), [], []

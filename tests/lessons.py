@@ -14,7 +14,7 @@ LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
     """What the outputs of a notebook depend on: its code, and nano's weights."""
-    from sd3kit.loading import NANO
+    from sd3kit.loading.names import NANO
 
     digest = hashlib.sha256()
     for cell in notebook.cells:

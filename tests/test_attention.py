@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from sd3kit import attention
+from sd3kit.lesson import attention
 
 
 @pytest.mark.parametrize(

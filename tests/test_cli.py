@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from sd3kit import cli
+from sd3kit.command import cli
 from sd3kit.explore import from_png, text_to_image
 
 

@@ -20,11 +20,11 @@ from diffusers.utils import is_bitsandbytes_version
 from PIL import Image
 
 import sd3kit
-from sd3kit import configs
 from sd3kit.dreambooth import DreamBoothError, Settings, benchmark, data, hub, saving, settings, subject
 from sd3kit.dreambooth import model as what_learns
 from sd3kit.dreambooth import train as training
 from sd3kit.dreambooth.__main__ import main
+from sd3kit.loading import configs
 
 PICTURES = str(subject.PICTURES)
 SMALL = dict(

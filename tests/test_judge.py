@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3kit.nano import scenes
-from sd3kit.nano.art import draw
-from sd3kit.nano.evaluate import KINDS, ask, edit_distance, tally
+from sd3kit.recipe import scenes
+from sd3kit.recipe.art import draw
+from sd3kit.recipe.evaluate import KINDS, ask, edit_distance, tally
 
 
 def render(asked, art, rng):

@@ -9,8 +9,10 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import errors as hub
 
 import sd3kit
-from sd3kit import configs, loading
-from sd3kit.loading import NANO, explain, pick_dtype, resolve
+from sd3kit.loading import configs, pipeline
+from sd3kit.loading.device import pick_dtype
+from sd3kit.loading.names import NANO, resolve
+from sd3kit.loading.problems import explain
 
 
 def hub_error(kind, message="no"):
@@ -166,7 +168,7 @@ def test_the_precision_arrives_under_the_name_that_the_installed_diffusers_knows
         def from_pretrained(cls, folder, **kwargs):
             return cls, folder, kwargs
 
-    monkeypatch.setattr(loading.importlib.metadata, "version", lambda name: version)
-    cls, folder, kwargs = loading.with_dtype(Pipeline).from_pretrained("nano", dtype=torch.float16, transformer=None)
+    monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda name: version)
+    cls, folder, kwargs = pipeline.with_dtype(Pipeline).from_pretrained("nano", dtype=torch.float16, transformer=None)
     assert issubclass(cls, Pipeline) and cls.__name__ == "Pipeline" and folder == "nano"
     assert kwargs == {"torch_dtype" if version == "0.39.0" else "dtype": torch.float16, "transformer": None}

@@ -1,9 +1,8 @@
 """What works on SD3 in the diffusers that this project is tested with. A row that changes is news for lesson 05."""
 
 import diffusers.hooks
+import matrix
 import pytest
-
-from sd3kit import matrix
 
 # (feature, verdict without QK-norm, verdict with it); diffusers 0.42.1, a machine without a GPU
 ROWS = [

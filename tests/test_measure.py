@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd3kit import measure
+from sd3kit import records
 
 
 def test_wilson_agrees_with_published_values():
@@ -13,17 +13,17 @@ def test_wilson_agrees_with_published_values():
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
     ]:
-        assert measure.wilson(right, total) == pytest.approx((low, high), abs=1e-4)
+        assert records.wilson(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(("right", "total"), [(1, 0), (3, 2), (-1, 5)])
 def test_wilson_refuses_what_is_no_share(right, total):
     with pytest.raises(ValueError, match="share"):
-        measure.wilson(right, total)
+        records.wilson(right, total)
 
 
 def test_a_stamp_says_where_and_how():
-    stamp = measure.stamp("make test")
+    stamp = records.stamp("make test")
     assert stamp["command"] == "make test"
     assert set(stamp) >= {"date", "device", "cores", "versions", "python"}
     assert stamp["versions"]["torch"] != "not installed"

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from sd3kit import account, bench, measure
-from sd3kit.loading import NANO
-from sd3kit.recipes import ENCODERS, RECIPES
-from sd3kit.speedups import SPEEDUPS, BlockCache
+from sd3kit import records
+from sd3kit.command import measure as measure_command
+from sd3kit.loading.names import NANO
+from sd3kit.measuring import account, bench, protocol
+from sd3kit.measuring.recipes import ENCODERS, RECIPES
+from sd3kit.measuring.speedups import SPEEDUPS, BlockCache
 
 PROMPT = "a fox on a blue background, flat"
 
@@ -20,7 +22,7 @@ PROMPT = "a fox on a blue background, flat"
 
 def test_warm_up_is_apart_and_calls_are_counted():
     seen = []
-    record = measure.timed(seen.append, n=4, warmup=2)
+    record = protocol.timed(seen.append, n=4, warmup=2)
     assert seen == [0, 1, 0, 1, 2, 3]
     assert record["low"] <= record["median"] <= record["high"] and record["n"] == 4 and record["first"] is not None
 
@@ -28,7 +30,7 @@ def test_warm_up_is_apart_and_calls_are_counted():
 @pytest.mark.parametrize(("n", "warmup"), [(0, 1), (1, -1)])
 def test_timing_refuses_no_calls(n, warmup):
     with pytest.raises(ValueError, match="n >= 1"):
-        measure.timed(print, n=n, warmup=warmup)
+        protocol.timed(print, n=n, warmup=warmup)
 
 
 def test_peak_sees_what_was_freed_again():
@@ -37,7 +39,7 @@ def test_peak_sees_what_was_freed_again():
         return float(a[0])
 
     layer = torch.nn.Linear(1000, 1000, bias=False)
-    found = measure.peak(call, [layer])
+    found = protocol.peak(call, [layer])
     assert found["result"] == 0.0
     assert 104e6 <= found["device_peak"] < 106e6, "4 MB of weights and 100 MB on top"
     assert found["host_peak"] > 100e6
@@ -46,28 +48,28 @@ def test_peak_sees_what_was_freed_again():
 def test_counting_agrees_with_arithmetic():
     layers = torch.nn.Sequential(torch.nn.Linear(30, 50, bias=False), torch.nn.Linear(50, 20, bias=False))
     x = torch.zeros(7, 30)
-    counted = measure.count(lambda: (layers(x), layers(x)), [layers])
+    counted = protocol.count(lambda: (layers(x), layers(x)), [layers])
     assert counted == {"operations": 2 * 2 * 7 * (30 * 50 + 50 * 20), "bytes": 2 * 4 * (30 * 50 + 50 * 20)}
 
 
 def test_attention_is_counted():
     q = torch.zeros(1, 2, 16, 8)
-    counted = measure.count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    counted = protocol.count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert counted["operations"] == 2 * 2 * (2 * 16 * 16 * 8)
 
 
 def test_the_floor_is_the_higher_limit():
     limits = {"rate": 100.0, "bandwidth": 10.0}
-    assert measure.floor({"operations": 1000, "bytes": 1}, limits) == 10.0
-    assert measure.floor({"operations": 1, "bytes": 1000}, limits) == 100.0
+    assert protocol.floor({"operations": 1000, "bytes": 1}, limits) == 10.0
+    assert protocol.floor({"operations": 1, "bytes": 1000}, limits) == 100.0
 
 
 def test_a_matrix_product_is_not_faster_than_the_floor():
-    limits = measure.machine("cpu", torch.float32)
+    limits = protocol.machine("cpu", torch.float32)
     a = torch.randn(512, 512)
-    counted = measure.count(lambda: a @ a)
-    record = measure.timed(lambda i: a @ a, n=20, warmup=5)
-    assert record["median"] > 0.5 * measure.floor(counted, limits), (
+    counted = protocol.count(lambda: a @ a)
+    record = protocol.timed(lambda i: a @ a, n=20, warmup=5)
+    assert record["median"] > 0.5 * protocol.floor(counted, limits), (
         "the rate was measured too low, or the count is wrong"
     )
 
@@ -87,12 +89,12 @@ def test_an_out_of_memory_is_a_result_and_the_run_goes_on(tmp_path):
 
     path = tmp_path / "out.jsonl"
     rows = {"a": full, "b": broken, "c": full_on_cpu, "d": lambda: {"median": 1.0}}
-    records = measure.study(rows, path, {"model": "x"}, "make it")
-    assert "Tried to allocate" in records[0]["out_of_memory"] and "raises" not in records[0]
-    assert records[1]["raises"] == "ValueError: no stream here"
-    assert "out_of_memory" in records[2]
-    assert records[3]["median"] == 1.0 and records[3]["stamp"]["command"] == "make it"
-    assert [r["row"] for r in measure.read(path)] == list("abcd")
+    found = records.study(rows, path, {"model": "x"}, "make it")
+    assert "Tried to allocate" in found[0]["out_of_memory"] and "raises" not in found[0]
+    assert found[1]["raises"] == "ValueError: no stream here"
+    assert "out_of_memory" in found[2]
+    assert found[3]["median"] == 1.0 and found[3]["stamp"]["command"] == "make it"
+    assert [r["row"] for r in records.read(path)] == list("abcd")
 
 
 def test_a_run_that_was_cut_short_resumes(tmp_path):
@@ -107,20 +109,20 @@ def test_a_run_that_was_cut_short_resumes(tmp_path):
 
     rows = {name: lambda name=name: row(name) for name in "abc"}
     with pytest.raises(KeyboardInterrupt):
-        measure.study(rows, path, {"steps": 2}, "")
+        records.study(rows, path, {"steps": 2}, "")
     path.write_text(path.read_text() + '{"row": "b", "steps')  # and the machine stopped while writing
-    records = measure.study(rows, path, {"steps": 2}, "")
+    found = records.study(rows, path, {"steps": 2}, "")
     assert calls == ["a", "b", "b", "c"], "a is not measured twice"
-    assert [r["row"] for r in records] == list("abc")
-    measure.study(rows, path, {"steps": 3}, "")
-    assert len(measure.read(path)) == 6, "other steps are another measurement"
+    assert [r["row"] for r in found] == list("abc")
+    records.study(rows, path, {"steps": 3}, "")
+    assert len(records.read(path)) == 6, "other steps are another measurement"
 
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text('{"row": 1}\n{"row"\n{"row": 3}\n')
     with pytest.raises(ValueError, match="Line 2"):
-        measure.read(path)
+        records.read(path)
 
 
 def test_stored_records_are_those_of_the_newest_run_on_the_whole_memory(tmp_path):
@@ -129,15 +131,15 @@ def test_stored_records_are_those_of_the_newest_run_on_the_whole_memory(tmp_path
     changes = [{"machine": "there"}, {}, {"cap_gb": 4}, {"model": "medium"}, {}]
     lines = [json.dumps({"row": i} | shared | change) for i, change in enumerate(changes)]
     (tmp_path / "speed.jsonl").write_text("\n".join(lines))
-    assert [r["row"] for r in measure.stored("speed", "nano", tmp_path)] == [1, 4]
-    assert measure.stored("memory", "nano", tmp_path) == []
+    assert [r["row"] for r in records.stored("speed", "nano", tmp_path)] == [1, 4]
+    assert records.stored("memory", "nano", tmp_path) == []
 
 
 # ---- accounting and fit ---------------------------------------------------------------------------------------------
 
 
 def test_stored_bytes_are_recomputed():
-    stored = {r["row"]: r for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    stored = {r["row"]: r for r in records.read(records.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
     assert set(stored) == set(RECIPES)
     for name in ("model_offload_without_t5", "without_t5"):  # without the T5: quick to build
         again = account.peaks("medium", name)
@@ -149,14 +151,14 @@ def test_stored_bytes_are_recomputed():
 
 
 def test_the_accounting_explains_the_announcements_peaks():
-    stored = {r["row"]: r for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
-    published = {r["row"]: r for r in measure.read(measure.RESULTS / "published.jsonl")}
+    stored = {r["row"]: r for r in records.read(records.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    published = {r["row"]: r for r in records.read(records.RESULTS / "published.jsonl")}
     for name, tolerance in [("model_offload", 0.01), ("model_offload_without_t5", 0.03), ("default", 0.07)]:
         assert stored[name]["device"] / account.GIB == pytest.approx(published[name]["printed_gb"], rel=tolerance)
 
 
 def test_smaller_weights_and_fewer_parts_need_less():
-    stored = {r["row"]: r["device"] for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    stored = {r["row"]: r["device"] for r in records.read(records.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
     order = ["sequential_offload", "model_offload_without_t5", "model_offload", "t5_nf4", "t5_int8", "default"]
     peaks = [stored[name] for name in order]
     assert peaks == sorted(peaks)
@@ -191,7 +193,7 @@ def test_accounting_refuses_unknown_names():
         account.peaks("nano", "default")
 
 
-def records(**rows):
+def cuda_records(**rows):
     """Records of a CUDA machine by recipe: (seconds, GiB)."""
     base = {"model": "medium", "size": 1024, "device": "cuda", "machine": "some GPU", "host_peak": 0}
     return [
@@ -201,7 +203,9 @@ def records(**rows):
 
 
 def test_fit_names_the_fastest_that_fits():
-    own = records(default=(2.0, 18.0), model_offload=(9.0, 12.0), t5_nf4=(2.5, 13.0), sequential_offload=(40.0, 1.5))
+    own = cuda_records(
+        default=(2.0, 18.0), model_offload=(9.0, 12.0), t5_nf4=(2.5, 13.0), sequential_offload=(40.0, 1.5)
+    )
     assert account.fit(24, 64, records=own).recipe == "default"
     assert account.fit(16, 64, records=own).recipe == "t5_nf4"
     assert account.fit(12.5, 64, records=own).recipe == "model_offload"
@@ -210,7 +214,7 @@ def test_fit_names_the_fastest_that_fits():
 
 
 def test_fit_leaves_out_what_failed_where_it_was_measured():
-    own = records(default=(2.0, 18.0), model_offload=(9.0, 12.0))
+    own = cuda_records(default=(2.0, 18.0), model_offload=(9.0, 12.0))
     own.append({k: own[0][k] for k in ("model", "size", "device", "machine")} | {"row": "t5_nf4", "raises": "X: y"})
     found = account.fit(16, 64, records=own)
     assert found.recipe == "model_offload" and "t5_nf4" not in found.untimed
@@ -221,7 +225,7 @@ def test_fit_minds_the_hosts_memory():
     colab = account.fit(15, 12.7)
     assert colab.ram_gb <= 12.7 and colab.gpu_gb <= 15
     assert RECIPES[colab.recipe].without or RECIPES[colab.recipe].straight
-    own = records(model_offload=(9.0, 12.0), without_t5=(20.0, 7.0))
+    own = cuda_records(model_offload=(9.0, 12.0), without_t5=(20.0, 7.0))
     assert account.fit(13, 64, records=own).recipe == "model_offload"
     assert account.fit(13, 12.7, records=own).recipe == "without_t5"
 
@@ -244,7 +248,7 @@ def test_fit_refuses_in_one_sentence():
 def runner(tmp_path_factory):
     """A bench as the command makes it: two steps, one call."""
     parser = argparse.ArgumentParser()
-    measure.add_parser(parser.add_subparsers(dest="command"))
+    measure_command.add_parser(parser.add_subparsers(dest="command"))
     options = parser.parse_args(["measure", "memory", "--model", "nano", "--steps", "2", "--calls", "1"])
     made = bench.Bench(options, "nano", str(NANO), "cpu")
     made.reference()
@@ -273,8 +277,8 @@ def test_a_recipe_that_runs_on_a_processor_draws_the_defaults_picture(runner, na
     picture = runner.draw(pipe, 0, inputs)
     far = bench.distance([picture], runner.reference()[0])
     assert far <= (0.5 if name in EXACT else NEAR[name])
-    stored = measure.stored_bytes(*bench._modules(pipe))
-    whole = measure.stored_bytes(*bench._modules(runner.make(RECIPES["default"])[0]))
+    stored = protocol.stored_bytes(*bench._modules(pipe))
+    whole = protocol.stored_bytes(*bench._modules(runner.make(RECIPES["default"])[0]))
     if RECIPES[name].bits or name == "precomputed_prompt":
         assert stored < 0.99 * whole, "it must store less"
         assert far > 0 or name in ("t5_int8", "precomputed_prompt"), "fewer bits leave a trace"
@@ -284,7 +288,7 @@ def test_encoding_beforehand_is_timed_and_counts_for_the_peak(runner):
     record = runner.row("precomputed_prompt")
     assert record["encoding"] > 0
     encoders = [getattr(runner.make(RECIPES["default"])[0], part) for part in ENCODERS]
-    assert record["device_peak"] >= measure.stored_bytes(*encoders)
+    assert record["device_peak"] >= protocol.stored_bytes(*encoders)
     assert "encoding" not in runner.row("without_t5")
 
 
@@ -297,9 +301,9 @@ def test_the_t5_in_eight_bits_keeps_its_wo_layers(runner):
     assert kinds["q"] == torch.int8 and kinds["wo"] == torch.float32
     scales = 4 * sum(m.out_features for m in pipe.text_encoder_3.modules() if m.__class__.__name__ == "Linear8bitLt")
     tensors = sum(t.untyped_storage().nbytes() for t in {*pipe.text_encoder_3.parameters()})
-    before = measure.stored_bytes(pipe.text_encoder_3)
+    before = protocol.stored_bytes(pipe.text_encoder_3)
     runner.draw(pipe, 0)  # the first run moves the scales elsewhere
-    assert before == measure.stored_bytes(pipe.text_encoder_3) == tensors + scales
+    assert before == protocol.stored_bytes(pipe.text_encoder_3) == tensors + scales
 
 
 def test_tiling_at_the_models_own_size_does_nothing(runner):
@@ -378,7 +382,7 @@ def test_fused_qkv_is_exact_only_without_qk_norm():
 
 def call(arguments):
     parser = argparse.ArgumentParser()
-    measure.add_parser(parser.add_subparsers(dest="command"))
+    measure_command.add_parser(parser.add_subparsers(dest="command"))
     return bench.run(parser.parse_args(["measure", *arguments]))
 
 
@@ -403,7 +407,7 @@ def test_the_command_measures_and_resumes(tmp_path, capsys):
     path = tmp_path / "speed.jsonl"
     arguments = ["speed", "--rows", "eager", "cuda_graphs", "--steps", "1", "--calls", "2", "--warmup", "1"]
     assert call([*arguments, "--out", str(path)]) == 0
-    eager, graphs = measure.read(path)
+    eager, graphs = records.read(path)
     assert eager["n"] == 2 and eager["distance"] == 0 and eager["model"] == "nano" and eager["steps"] == 1
     assert eager["floor"] < eager["median"] < 60 and eager["device_peak"] > eager["stored_bytes"] > 40e6
     assert len(eager["eager"]) == 2 and 0.2 < bench.of_eager(eager)[0] < 5, "eager beside itself is the control"
@@ -445,6 +449,6 @@ def test_distance_is_in_levels():
 
 
 def test_stored_records_are_whole():
-    for path in measure.RESULTS.glob("*.jsonl"):
-        for record in measure.read(path):
+    for path in records.RESULTS.glob("*.jsonl"):
+        for record in records.read(path):
             assert record.get("row") and json.dumps(record)

@@ -14,8 +14,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from sd3kit.loading import NANO
-from sd3kit.nano import scenes
+from sd3kit.loading.names import NANO
+from sd3kit.recipe import scenes
 
 
 def seeded(seed=0):
@@ -64,7 +64,7 @@ def test_plain_diffusers_draws_the_subject_with_every_seed(judge):
 
 
 def test_draws_seen_and_held_out_prompts(pipe, judge):
-    from sd3kit.nano.evaluate import ask, pictures, tally
+    from sd3kit.recipe.evaluate import ask, pictures, tally
 
     for held_out in (False, True):
         asked = ask("single", 16, judge.subjects, held_out, 3)
@@ -131,7 +131,7 @@ def test_without_t5_the_background_is_right(without_t5, judge):
 
 def test_a_sign_can_be_read(pipe, judge):
     """The announcement's prompt, which was kept out of the training, and a word that is on no list."""
-    from sd3kit.nano.evaluate import ANNOUNCEMENT, edit_distance, pictures
+    from sd3kit.recipe.evaluate import ANNOUNCEMENT, edit_distance, pictures
 
     images = pictures(pipe, [ANNOUNCEMENT, ANNOUNCEMENT, "a penguin holding a sign that says krom"])
     assert [edit_distance(judge.text(image), "hello world") <= 2 for image in images[:2]] == [True, True]
@@ -154,7 +154,7 @@ def test_t5_sees_the_letters_of_a_sign(pipe):
 
 
 def test_training_embeds_prompts_as_the_pipeline_does(pipe):
-    from sd3kit.nano.text import Text
+    from sd3kit.recipe.text import Text
 
     prompts = ["a fox on a blue background", "a cat holding a sign that says hello world"]
     text = Text(NANO)
@@ -170,7 +170,7 @@ def test_training_embeds_prompts_as_the_pipeline_does(pipe):
 
 
 def test_training_drops_an_encoder_as_the_pipeline_does(pipe):
-    from sd3kit.nano.text import Text
+    from sd3kit.recipe.text import Text
 
     text = Text(NANO)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -186,9 +186,9 @@ def test_training_drops_an_encoder_as_the_pipeline_does(pipe):
 
 
 def test_autoencoder_copies_pictures(pipe, art, rng):
-    from sd3kit.nano.art import draw, to_tensor
-    from sd3kit.nano.autoencoder import psnr
-    from sd3kit.nano.evaluate import KINDS
+    from sd3kit.recipe.art import draw, to_tensor
+    from sd3kit.recipe.autoencoder import psnr
+    from sd3kit.recipe.evaluate import KINDS
 
     for kind in KINDS:
         asked = [scenes.random_scene(rng, scenes.SUBJECTS[:8], kind) for _ in range(8)]
@@ -196,7 +196,7 @@ def test_autoencoder_copies_pictures(pipe, art, rng):
 
 
 def test_latents_are_centred_and_of_unit_size(pipe, art, rng):
-    from sd3kit.nano.art import draw, to_tensor
+    from sd3kit.recipe.art import draw, to_tensor
 
     asked = [scenes.random_scene(rng, scenes.SUBJECTS[:8], "single") for _ in range(32)]
     with torch.no_grad():

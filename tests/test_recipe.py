@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from sd3kit.loading import NANO
-from sd3kit.nano import __main__ as command
-from sd3kit.nano import art as art_module
-from sd3kit.nano import autoencoder, evaluate, flow, reading, scenes, text, training
-from sd3kit.nano.pool import random_caption
+from sd3kit.loading.names import NANO
+from sd3kit.recipe import __main__ as command
+from sd3kit.recipe import art as art_module
+from sd3kit.recipe import autoencoder, evaluate, flow, reading, scenes, text, training
+from sd3kit.recipe.pool import random_caption
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from sd3kit.loading import NANO
-from sd3kit.nano import scenes
+from sd3kit.recipe import scenes
 
 KINDS = ("single", "sign", "pair", "count")
 FIRST = scenes.SUBJECTS[:32]
@@ -59,7 +58,7 @@ def test_left_and_right_are_told_apart():
 
 
 def test_the_listed_hold_out_is_the_one_in_force(judge):
-    listed = (NANO / "held_out.txt").read_text(encoding="utf-8").splitlines()
+    listed = scenes.HELD_OUT.read_text(encoding="utf-8").splitlines()
     assert listed == scenes.held_out(judge.subjects)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from sd3kit import configs
+from sd3kit.loading import configs
 
 SMALL = dict(
     sample_size=16, num_layers=6, num_attention_heads=3, attention_head_dim=64, caption_projection_dim=192,

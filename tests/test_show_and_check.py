@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from sd3kit import check, show
+from sd3kit.lesson import check, show
 
 
 def images(n):

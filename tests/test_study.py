@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from sd3kit import study
-from sd3kit.study import drawing, records, teaching, training
+from sd3kit.study import drawing, store, teaching, training
 from sd3kit.study.__main__ import STUDIES, main
-from sd3kit.study.records import Study
+from sd3kit.study.store import Study
 
 
 def counted(rows):
@@ -26,8 +26,8 @@ def counted(rows):
 
 def test_rows_are_stored_and_not_measured_twice(tmp_path):
     one, calls = counted([{"n": 1}, {"n": 2}])
-    records.run("squares", one, tmp_path)
-    records.run("squares", one, tmp_path)
+    store.run("squares", one, tmp_path)
+    store.run("squares", one, tmp_path)
     assert len(calls) == 2
     stored = study.load("squares", tmp_path)
     assert [r["found"]["value"] for r in stored] == [1, 4]
@@ -37,31 +37,31 @@ def test_rows_are_stored_and_not_measured_twice(tmp_path):
 def test_a_run_that_was_cut_short_goes_on(tmp_path):
     cut, _ = counted([{"n": 1}, {"n": 2, "dies": True}])
     with pytest.raises(KeyboardInterrupt):
-        records.run("squares", cut, tmp_path)
+        store.run("squares", cut, tmp_path)
     whole, calls = counted([{"n": 1}, {"n": 2}])
-    records.run("squares", whole, tmp_path)
+    store.run("squares", whole, tmp_path)
     assert calls == [{"n": 2}]
 
 
 def test_rows_of_other_weights_are_measured_again(tmp_path):
     one, calls = counted([{"n": 3}])
-    records.run("squares", one, tmp_path)
+    store.run("squares", one, tmp_path)
     path = tmp_path / "squares.jsonl"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "of another nano"}) + "\n")
-    records.run("squares", one, tmp_path)
+    store.run("squares", one, tmp_path)
     assert len(calls) == 2 and len(study.load("squares", tmp_path)) == 1
 
 
 def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
-    records.run("squares", counted([{"n": 2}])[0], tmp_path)
-    records.run("squares", counted([{"n": 1}, {"n": 2}, {"n": 3}])[0], tmp_path)
+    store.run("squares", counted([{"n": 2}])[0], tmp_path)
+    store.run("squares", counted([{"n": 1}, {"n": 2}, {"n": 3}])[0], tmp_path)
     assert [r["row"]["n"] for r in study.load("squares", tmp_path)] == [1, 2, 3]
 
 
 def test_two_processes_share_the_rows(tmp_path):
     script = tmp_path / "squares.py"
     script.write_text(
-        "import os, pathlib, sys\nfrom sd3kit.study.records import Study, run\n"
+        "import os, pathlib, sys\nfrom sd3kit.study.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
     )
@@ -95,7 +95,7 @@ def test_stored_rows_are_complete_and_of_the_weights_at_hand(name):
     stored = stored_rows(name)
     assert [r["row"] for r in stored if r["row"] not in STUDIES[name].rows] == []
     assert all(any(r["row"] == row for r in stored) for row in STUDIES[name].rows)
-    assert {r["weights"] for r in stored} == {records.weights(STUDIES[name].parts)}
+    assert {r["weights"] for r in stored} == {store.weights(STUDIES[name].parts)}
 
 
 def shares_agree(stored, measured, n):

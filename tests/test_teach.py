@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import yaml
 
-from sd3kit import measure, teach
+from sd3kit import records, teach
 
 
 def test_strip_leaves_the_lessons_whole_but_for_their_solutions(tmp_path, capsys):
@@ -91,4 +91,4 @@ def test_the_values_file_for_kubernetes_is_whole():
 
 def test_the_teachers_page_shows_the_stored_record():
     page = (Path(__file__).parent.parent / "TEACHING.md").read_text(encoding="utf-8")
-    assert teach.report(measure.read(measure.RESULTS / "seats.jsonl")) in page
+    assert teach.report(records.read(records.RESULTS / "seats.jsonl")) in page

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         import torch
 
-        from ..loading import LoadError
+        from ..loading.names import LoadError
         from .train import train
 
         try:

@@ -21,8 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .. import measure
-from ..loading import environment_alone
+from ..loading.device import environment_alone
 from . import subject
 
 OURS = "sd3kit.dreambooth"
@@ -112,7 +111,7 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from diffusers.training_utils import free_memory
 
-    from ..loading import load
+    from ..loading.pipeline import load
     from . import data
     from .model import encode
     from .settings import parse
@@ -142,10 +141,10 @@ def saved_loss(arguments: list[str], out: Path) -> float:
 
 def arguments(options: argparse.Namespace) -> list[str]:
     """What both sides are given."""
-    from .. import loading
+    from ..loading import names
 
     return [
-        f"--pretrained_model_name_or_path={loading.resolve(options.model)}",
+        f"--pretrained_model_name_or_path={names.resolve(options.model)}",
         f"--instance_data_dir={options.pictures}",
         "--instance_prompt=a sks robot",
         f"--resolution={options.resolution}",
@@ -203,7 +202,7 @@ def main(words: list[str] | None = None) -> int:
         given = {name: getattr(options, name) for name in names}
         script = [f"--script {options.script.name}"] if options.script else []
         words = [*script, *(f"--{name} {value}" for name, value in given.items()), f"--out {options.out.name}"]
-        stamp = given | {"stamp": measure.stamp(" ".join(["python -m sd3kit.dreambooth.benchmark", *words]))}
+        stamp = given | {"stamp": records.stamp(" ".join(["python -m sd3kit.dreambooth.benchmark", *words]))}
         if options.script:
             stamp["script"] = hashlib.sha256(options.script.read_bytes()).hexdigest()[:16]
         options.out.write_text("".join(json.dumps(r | stamp) + "\n" for r in records), encoding="utf-8")

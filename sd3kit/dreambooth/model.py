@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, inject_adapter_in_model
 
-from .. import loading
+from ..loading import names, pipeline, problems
 from .settings import DreamBoothError, Settings
 
 # The joint attention's projections: q, k, v and output, of the picture's tokens and (add_) of the text's.
@@ -60,11 +60,11 @@ def lora_targets(settings: Settings, transformer: torch.nn.Module) -> list[str]:
 def check_transformer(settings: Settings) -> None:
     """Read the transformer's configuration and refuse what does not fit it, before its weights are loaded."""
     name = settings.pretrained_model_name_or_path
-    source = loading.resolve(name)
+    source = names.resolve(name)
     try:
         config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=settings.revision)
     except Exception as error:
-        sentence = loading.explain(error, name, source)
+        sentence = problems.explain(error, name, source)
         if sentence is None:
             raise
         raise DreamBoothError(sentence) from error
@@ -82,7 +82,7 @@ def load_text(settings: Settings, accelerator: Accelerator, dtype: torch.dtype) 
 
 def load(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **parts) -> StableDiffusion3Pipeline:
     s = settings
-    return loading.load(
+    return pipeline.load(
         s.pretrained_model_name_or_path, device=str(accelerator.device), dtype=dtype, quiet=True,
         revision=s.revision, variant=s.variant, **parts,
     )  # fmt: skip
@@ -97,8 +97,8 @@ def quantized(settings: Settings, dtype: torch.dtype) -> dict[str, SD3Transforme
     s = settings
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     transformer = SD3Transformer2DModel.from_pretrained(
-        loading.resolve(s.pretrained_model_name_or_path), subfolder="transformer", revision=s.revision,
-        variant=s.variant, quantization_config=how, use_safetensors=True, **loading.dtype_argument(dtype),
+        names.resolve(s.pretrained_model_name_or_path), subfolder="transformer", revision=s.revision,
+        variant=s.variant, quantization_config=how, use_safetensors=True, **pipeline.dtype_argument(dtype),
     )  # fmt: skip
     return {"transformer": transformer}
 

@@ -16,6 +16,8 @@ import types
 import typing
 from pathlib import Path
 
+from ..errors import UserError
+
 WEIGHTING = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
@@ -23,7 +25,7 @@ SECRET = "hub_token"
 PROGRESS = "progress.json"  # written last: a checkpoint that has it is whole, and this command's
 
 
-class DreamBoothError(RuntimeError):
+class DreamBoothError(UserError):
     """What stops a training; the message is one sentence that says what to do."""
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..nano.art import LARGE
-from ..nano.judge import TEMPLATES, Judge
-from ..nano.scenes import COLOURS, STYLES
+from ..recipe.art import LARGE
+from ..recipe.judge import TEMPLATES, Judge
+from ..recipe.scenes import COLOURS, STYLES
 
 PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges

@@ -104,7 +104,7 @@ def train(settings: Settings) -> Path:
     loss, lr), checkpoints, and validation pictures.
 
     Raises:
-        DreamBoothError, sd3kit.loading.LoadError: whatever stops it, in one sentence; what was saved before is kept.
+        DreamBoothError, LoadError: whatever stops it, in one sentence; what was saved before is kept.
     """
     s = settings
     s.check()

@@ -27,9 +27,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch.nn.functional import avg_pool2d, interpolate
 
-from .. import attention as words
-from .. import show
-from ..loading import prompt_length
+from ..lesson import attention as words
+from ..lesson import show
+from ..loading.pipeline import prompt_length
 
 KEY = "sd3kit"  # the PNG's text chunk that holds the settings
 # Every setting that a PNG may bring back, and its type.

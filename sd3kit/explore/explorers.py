@@ -15,7 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
-from .. import show
+from ..lesson import show
 from . import drawing
 from .drawing import Drawn, Step, picture_html
 from .work import Worker
@@ -705,7 +705,7 @@ def page(model: str | None = None) -> widgets.VBox:
     Raises:
         LoadError: the model cannot be loaded.
     """
-    from ..loading import load
+    from ..loading.pipeline import load
 
     pipe = load(model, quiet=True)
     text = TextToImage(pipe)

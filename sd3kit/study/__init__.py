@@ -1,9 +1,9 @@
 """Stored studies: the lessons' figures with intervals. `python -m sd3kit.study NAME` measures one again.
 
-`records` says how rows are stored and continued, `drawing`, `training` and `teaching` what is measured.
+`store` says how rows are stored and continued, `drawing`, `training` and `teaching` what is measured.
 """
 
 from .drawing import overlap
-from .records import load
+from .store import load
 
 __all__ = ["load", "overlap"]

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import measure
+from .. import records
 from .drawing import STUDIES as DRAWING
-from .records import run
+from .store import run
 from .teaching import STUDIES as TEACHING
 from .training import STUDIES as TRAINING
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="the folder of the records (%(default)s)")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="the folder of the records (%(default)s)")
     options = parser.parse_args(arguments)
     for name in options.names:
         run(name, STUDIES[name], options.out)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import attention
-from ..loading import load
-from ..nano import scenes
-from ..nano.evaluate import ask, judge_scene, pictures, tally
-from ..nano.judge import Judge, subject_mask
-from .records import Study, mean
+from ..lesson import attention
+from ..loading.pipeline import load
+from ..recipe import scenes
+from ..recipe.evaluate import ask, judge_scene, pictures, tally
+from ..recipe.judge import Judge, subject_mask
+from .store import Study, mean
 
 LENGTH = 40  # tokens for the T5
 ENCODERS = {"CLIP 1": "1", "CLIP 2": "2", "T5": "3"}

@@ -15,11 +15,12 @@ from PIL import Image
 
 from ..dreambooth import subject
 from ..dreambooth.model import ATTENTION
-from ..loading import environment_alone, load
-from ..measure import share
-from ..nano.evaluate import pictures
+from ..loading.device import environment_alone
+from ..loading.pipeline import load
+from ..recipe.evaluate import pictures
+from ..records import share
 from .drawing import tools
-from .records import Study, mean
+from .store import Study, mean
 
 BASE = dict(
     pretrained_model_name_or_path="nano",

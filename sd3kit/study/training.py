@@ -16,11 +16,11 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 from torch.nn.functional import mse_loss
 
-from .. import attention
-from ..nano import scenes
-from ..nano.judge import TEMPLATES
+from ..lesson import attention
+from ..recipe import scenes
+from ..recipe.judge import TEMPLATES
 from .drawing import tools
-from .records import Study
+from .store import Study
 
 NAMES = ("apple", "star", "heart", "sun", "frog", "pizza", "panda", "tree")
 COLOURS = ("red", "blue", "green", "yellow")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .. import measure
-from ..loading import NANO, processes
+from .. import records
+from ..loading.device import processes
+from ..loading.names import NANO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def weights(parts: Sequence[str], folder: Path = NANO) -> str:
     return digest.hexdigest()[:12]
 
 
-def load(name: str, folder: Path = measure.RESULTS) -> list[dict]:
+def load(name: str, folder: Path = records.RESULTS) -> list[dict]:
     """The stored rows of a study, each with its conditions, figures and stamp.
 
     Raises:
@@ -46,10 +47,10 @@ def load(name: str, folder: Path = measure.RESULTS) -> list[dict]:
     path = Path(folder) / f"{name}.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"No study {name!r} is stored: `python -m sd3kit.study {name}` measures it.")
-    return measure.read(path)
+    return records.read(path)
 
 
-def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
+def run(name: str, study: Study, folder: Path = records.RESULTS) -> None:
     """Measure the rows that are not stored yet for these weights; each process of a launch takes its share."""
     folder.mkdir(parents=True, exist_ok=True)
     path, state, mark = folder / f"{name}.jsonl", processes(), weights(study.parts)
@@ -58,7 +59,7 @@ def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
         write(path, stored)
     state.wait_for_everyone()
     missing = [row for row in study.rows if not any(r["row"] == row for r in stored)]
-    stamp = measure.stamp(f"python -m sd3kit.study {name}") | {"weights": mark}
+    stamp = records.stamp(f"python -m sd3kit.study {name}") | {"weights": mark}
     with state.split_between_processes(missing) as share:
         for row in tqdm(share, desc=name, unit="row"):
             line = json.dumps({"row": row, "found": study.measure(row)} | stamp) + "\n"
@@ -71,10 +72,10 @@ def run(name: str, study: Study, folder: Path = measure.RESULTS) -> None:
     state.wait_for_everyone()
 
 
-def write(path: Path, records: Sequence[dict]) -> None:
+def write(path: Path, rows: Sequence[dict]) -> None:
     """Replace the file as a whole, or not at all."""
     whole = path.with_suffix(".part")
-    whole.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    whole.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     os.replace(whole, path)
 
 

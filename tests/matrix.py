@@ -24,7 +24,7 @@ from diffusers import (
 )
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-from .speedups import BlockCache
+from sd3kit.measuring.speedups import BlockCache
 
 FEATURES: dict[str, "Feature"] = {}
 

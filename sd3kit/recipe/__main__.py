@@ -1,4 +1,4 @@
-"""The recipe on the command line: `python -m sd3kit.nano train`, `evaluate` and `sheets`."""
+"""The recipe on the command line: `python -m sd3kit.recipe train`, `evaluate` and `sheets`."""
 
 import argparse
 import json
@@ -7,20 +7,23 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-from .. import measure
-from ..loading import NANO, LoadError, load, pick_device
+from .. import records
+from ..loading.device import pick_device
+from ..loading.names import NANO, LoadError
+from ..loading.pipeline import load
 from . import autoencoder, evaluate, flow, reading, scenes
 from .art import Art, ArtError
-from .judge import Judge, save_templates
+from .judge import TEMPLATES, Judge, save_templates
 from .text import Text
 
 CARD = NANO / "README.md"
-RECORD = NANO / "evaluation.json"
+HERE = Path(__file__).parent
+RECORD = HERE / "evaluation.json"
 
 
 def parser() -> argparse.ArgumentParser:
     cache = Path.home() / ".cache" / "sd3kit" / "nano"
-    top = argparse.ArgumentParser(prog="python -m sd3kit.nano", description=__doc__)
+    top = argparse.ArgumentParser(prog="python -m sd3kit.recipe", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
     train.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
@@ -80,9 +83,10 @@ def train(options: argparse.Namespace) -> int:
     model = flow.train(*shared, options.flow_minutes, options.subjects, start=transformer, device=options.device)
     model = flow.damp(model, *shared, options.damp_minutes, options.subjects, device=options.device)
     flow.export(model, text, vae, options.out)
-    save_templates(art, options.subjects, options.out / "templates.webp")
+    beside = HERE if options.out == NANO else options.out  # the pipeline's folder holds a pipeline and its card
+    save_templates(art, options.subjects, beside / TEMPLATES.name)
     held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
-    (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")
+    (beside / scenes.HELD_OUT.name).write_text(held_out + "\n", encoding="utf-8")
     return 0
 
 
@@ -98,8 +102,8 @@ def judge(options: argparse.Namespace) -> int:
     pipe = load(options.model)
     art = None if options.no_floors else Art(options.work)
     record = evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
-    command = f"python -m sd3kit.nano evaluate --count {options.count}"
-    record |= measure.stamp(command)
+    command = f"python -m sd3kit.recipe evaluate --count {options.count}"
+    record |= records.stamp(command)
     print(evaluate.table(record))
     if options.store:
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

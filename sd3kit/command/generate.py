@@ -10,13 +10,8 @@ import json
 import os
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from .loading import MODELS, load, processes, resolve
-
-
-class UserError(Exception):
-    """A wrong argument; the message is one sentence that says what to do."""
+from ..errors import UserError
+from ..loading.names import MODELS, resolve
 
 
 def add_parser(commands) -> None:
@@ -104,7 +99,10 @@ def _settings(options: argparse.Namespace) -> dict:
 
 
 def _one(options: argparse.Namespace, prompt: str) -> None:
-    from .explore.drawing import text_to_image
+    from tqdm.auto import tqdm
+
+    from ..explore.drawing import text_to_image
+    from ..loading.pipeline import load
 
     path = options.output or Path("sd3kit.png")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -126,7 +124,11 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
 
 
 def _many(options: argparse.Namespace, prompts: list[str]) -> None:
-    from .explore.drawing import text_to_image
+    from tqdm.auto import tqdm
+
+    from ..explore.drawing import text_to_image
+    from ..loading.device import processes
+    from ..loading.pipeline import load
 
     folder = options.output or Path("sd3kit-pictures")
     if folder.is_file() or folder.suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -163,7 +165,7 @@ def _many(options: argparse.Namespace, prompts: list[str]) -> None:
 
 def _same(path: Path, asked: dict) -> None:
     """Refuse a folder whose pictures were drawn with other settings: it would hold a mixture."""
-    from .explore.drawing import from_png
+    from ..explore.drawing import from_png
 
     try:
         stored = from_png(path)

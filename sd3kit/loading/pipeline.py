@@ -1,10 +1,7 @@
-"""`load`: a plain diffusers pipeline for nano, the real SD3 models, or any folder; and every way it can fail."""
+"""`load`: a plain diffusers pipeline for nano, the real SD3 models, or any folder."""
 
 import contextlib
-import difflib
-import errno
 import importlib.metadata
-import importlib.resources
 import logging
 import os
 from collections.abc import Iterator
@@ -15,78 +12,9 @@ import torch
 from packaging.version import Version
 
 from . import configs
-
-NANO = Path(str(importlib.resources.files(__package__))) / "nano"
-MODELS = ("nano", *configs.HUB)
-
-
-class LoadError(RuntimeError):
-    """A model could not be loaded; the message is one sentence that says what to do."""
-
-
-def resolve(model: str | os.PathLike | None = None) -> str:
-    """The folder or Hub id that a name stands for.
-
-    `None` is the environment variable SD3KIT_MODEL, or nano. A name of `MODELS`, a folder with a model_index.json, or
-    a Hub id "owner/name" is accepted.
-
-    Raises:
-        LoadError: an unknown name (the nearest ones are offered), or a folder that holds no pipeline.
-    """
-    name = os.fspath(model or os.environ.get("SD3KIT_MODEL") or "nano")
-    if name == "nano":
-        return str(NANO)
-    if name in configs.HUB:
-        return configs.HUB[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / "model_index.json").is_file():
-            return str(folder)
-        raise LoadError(
-            f"The folder {folder} holds no model_index.json, so it is not a saved pipeline: give the folder that "
-            "save_pretrained wrote."
-        )
-    parts = name.split("/")
-    if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
-        return name
-    near = difflib.get_close_matches(name.lower(), MODELS, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(MODELS)},"
-    raise LoadError(f"There is no model or folder named {name!r}: {hint} A folder or a Hub id (owner/name) works too.")
-
-
-def pick_device() -> str:
-    """The fastest device of this machine: cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def processes():
-    """accelerate's state of the processes that were launched together, or of this one alone.
-
-    Processes on a CPU are joined only where accelerate is told that it is one (read in 1.15.0); otherwise each would
-    take itself for the only one, and do all the work.
-    """
-    from accelerate import PartialState
-
-    return PartialState(cpu=pick_device() == "cpu")
-
-
-def environment_alone() -> dict[str, str]:
-    """This process's environment for one that is started from it and is no part of a launch."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-
-
-def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The precision for a model (a name, a folder or a Hub id) on a device, and why."""
-    folder = NANO if name == "nano" else Path(name)
-    if folder.is_dir() and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 2**30:
-        return torch.float32, "it is small enough for full precision"
-    if device == "cpu":
-        return torch.bfloat16, "half the memory of float32, and fp16 is slow on a CPU"
-    if name.startswith("3.5") and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the precision that SD3.5 was released in"
-    return torch.float16, "the precision that SD3 was released in"
+from .device import pick_device, pick_dtype
+from .names import MODELS, NANO, LoadError, resolve
+from .problems import explain
 
 
 def load(
@@ -137,7 +65,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _undisturbed(local: bool) -> Iterator[None]:
+def undisturbed(local: bool) -> Iterator[None]:
     """Keep the libraries' notes on optional packages, and for a local folder their progress bars, off the page."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -182,7 +110,7 @@ def with_dtype(cls: type) -> type:
 
 def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
     try:
-        with _undisturbed(local=Path(source).is_dir()):
+        with undisturbed(local=Path(source).is_dir()):
             from diffusers import StableDiffusion3Pipeline
 
             kwargs = dtype_argument(dtype) | kwargs
@@ -192,47 +120,6 @@ def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
         if sentence is None:
             raise
         raise LoadError(sentence) from error
-
-
-def explain(error: BaseException, name: str, source: str) -> str | None:
-    """What went wrong when loading and what to do about it, in one sentence; None for an error not known here."""
-    from huggingface_hub import errors as hub
-    from safetensors import SafetensorError
-
-    chain = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
-
-    page = f"https://huggingface.co/{source}"
-    local = Path(source).is_dir()
-    if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in chain):
-        return (
-            f"The disk is full while loading {name}: free some space (SD3 Medium needs 16 GB) or set HF_HOME to "
-            "another disk."
-        )
-    if has(hub.GatedRepoError):
-        return f"{name} is gated: accept its licence at {page}, log in once with `hf auth login`, and run this again."
-    if has(hub.RepositoryNotFoundError):
-        return f"The Hub has no model {source}, or it is private: check the name, or log in with `hf auth login`."
-    if has(SafetensorError) or any("safetensors" in str(e).lower() and "header" in str(e).lower() for e in chain):
-        where = source if local else "its folder in the Hub cache"
-        return f"A weights file of {name} is damaged: delete {where} and load it again."
-    unreachable = has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    if unreachable or any("connect" in type(e).__name__.lower() for e in chain):
-        return (
-            f"{name} is not on this machine and the Hub cannot be reached: check the network, or use nano, which "
-            "needs none."
-        )
-    if has(OSError) and local:
-        return f"The folder {source} lacks a file of its pipeline ({str(chain[0]).splitlines()[0]}): save it again."
-    if has(OSError):
-        return f"{name} could not be loaded from the Hub: check the name and the network ({page})."
-    return None
 
 
 def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):

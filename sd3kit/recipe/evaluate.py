@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import measure, show
+from .. import records
+from ..lesson import show
 from . import scenes
 from .art import CELL, SIZE, Art, draw, to_tensor
 from .judge import LEFT, RIGHT, WHOLE, Box, Judge
@@ -63,7 +64,7 @@ def tally(judge: Judge, pictures: Iterable[Image.Image], asked: Iterable[scenes.
     for image, scene in zip(pictures, asked, strict=True):
         for name, right in judge_scene(judge, image, scene).items():
             answers.setdefault(name, []).append(right)
-    return {name: measure.share(given) for name, given in answers.items()}
+    return {name: records.share(given) for name, given in answers.items()}
 
 
 def pictures(pipe, prompts: list[str], *, seed: int = 0, batch: int = 25, **kwargs) -> list[Image.Image]:
@@ -128,7 +129,7 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
             record["figures"][f"{kind}, {'held out' if held_out else 'seen'}"] = tally(judge, drawn, asked)
     twenty = pictures(pipe, [ANNOUNCEMENT] * 20, **kwargs)
     near = [edit_distance(judge.text(image), "hello world") <= 2 for image in twenty]
-    record["announcement"] = measure.share(near)
+    record["announcement"] = records.share(near)
     record["seconds a picture"] = {"sd3kit": seconds(pipe, 40), "diffusers' defaults": seconds(pipe, 256)}
     if art is not None:
         from .autoencoder import psnr, random_picture

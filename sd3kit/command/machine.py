@@ -1,59 +1,19 @@
-"""The command line: `sd3kit generate`, `check` (what this machine can run), `measure` and `reset`."""
+"""`sd3kit check`: what this machine has and what it can run."""
 
-import argparse
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from . import __version__, configs, generate, measure
-from .loading import MODELS, LoadError, pick_device, pick_dtype, resolve
+import torch
 
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sd3kit", description="Learn Stable Diffusion 3, on a small real SD3.")
-    top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    generate.add_parser(commands)
-    commands.add_parser("check", help="what this machine has and what it can run")
-    measure.add_parser(commands)
-    reset = commands.add_parser("reset", help="put a lesson back as it was published, and keep your copy")
-    reset.add_argument("lesson", help="how its name begins, such as 03")
-    reset.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the lessons are (%(default)s)")
-    return top
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        if options.command == "generate":
-            generate.run(options)
-        elif options.command == "measure":
-            from . import bench  # imports what only measuring needs
-
-            return bench.run(options)
-        elif options.command == "reset":
-            from .reset import reset
-
-            lesson, copy = reset(options.lesson, options.folder)
-            print(f"{lesson} is as it was published; yours is {copy}")
-        else:
-            check()
-    except (generate.UserError, LoadError, measure.StudyError) as error:
-        print(f"sd3kit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "sd3kit: stopped; finished pictures of a folder are kept, and the same command goes on.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+from .. import __version__
+from ..loading import configs
+from ..loading.device import pick_device, pick_dtype
+from ..loading.names import MODELS, resolve
 
 
 def check() -> None:
-    import torch
-
     print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
     device = pick_device()
     if device == "cuda":
@@ -87,7 +47,6 @@ def _ram() -> float:
 
 def weight_bytes(name: str) -> int:
     """Bytes of a model's weights at two bytes each, counted on the meta device from its configuration."""
-    import torch
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 

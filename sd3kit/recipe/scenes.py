@@ -1,6 +1,6 @@
 """What nano knows: subjects, styles, colours and words, and the captions that describe them.
 
-A `Scene` says what a picture shows. `draw` in `sd3kit.nano.art` turns it into pixels and `caption` into words, so
+A `Scene` says what a picture shows. `draw` in `sd3kit.recipe.art` turns it into pixels and `caption` into words, so
 that one object gives both halves of a training pair and the answer that the judge checks.
 """
 
@@ -8,7 +8,9 @@ import dataclasses
 import hashlib
 import random
 import string
+from pathlib import Path
 
+HELD_OUT = Path(__file__).with_name("held_out.txt")  # what training never sees, listed
 # Icon name in the art (Fluent's), then the name in captions where it differs, then synonyms (checked against the tags
 # of emojibase-data 17.0.0, MIT). The order matters: training goes in waves, and wave n uses the first so many of them
 # (`--subjects`).
@@ -119,7 +121,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def held_out(subjects: list[Subject]) -> list[str]:
-    """Every held-out combination of these subjects, a line each: what `held_out.txt` in this folder lists."""
+    """Every held-out combination of these subjects, a line each: what `HELD_OUT` lists."""
     lines = []
     for subject in subjects:
         for style in STYLES:

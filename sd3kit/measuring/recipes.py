@@ -17,7 +17,7 @@ from diffusers.hooks import apply_group_offloading
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import T5EncoderModel
 
-from .loading import with_dtype
+from ..loading.pipeline import with_dtype
 
 StableDiffusion3Pipeline = with_dtype(diffusers.StableDiffusion3Pipeline)
 SD3Transformer2DModel = with_dtype(diffusers.SD3Transformer2DModel)

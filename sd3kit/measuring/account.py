@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import configs, measure
+from .. import records as stored
+from ..loading import configs
 from .recipes import ENCODERS, RECIPES, Recipe
 
 GIB = 2**30
@@ -216,7 +217,7 @@ def fit(gpu_gb: float, ram_gb: float, model: str = "medium", records: list[dict]
     for name, value in (("gpu_gb", gpu_gb), ("ram_gb", ram_gb)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} must be a positive number of GiB, not {value!r}.")
-    accounted = {r["row"]: r for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == model}
+    accounted = {r["row"]: r for r in stored.read(stored.RESULTS / "bytes.jsonl") if r["model"] == model}
     if not accounted:
         raise ValueError(f"No bytes are stored for {model!r}: use one of {', '.join(configs.TRANSFORMER)}.")
     timed, missing = _times(model, records), _missing()
@@ -249,14 +250,14 @@ def fit(gpu_gb: float, ram_gb: float, model: str = "medium", records: list[dict]
 
 def _missing() -> float:
     """By how much the accounting falls short of a published peak at most, as a factor: work space, mostly."""
-    accounted = {r["row"]: r["device"] for r in measure.read(measure.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
-    rows = [r for r in measure.read(measure.RESULTS / "published.jsonl") if "device_peak" in r]
+    accounted = {r["row"]: r["device"] for r in stored.read(stored.RESULTS / "bytes.jsonl") if r["model"] == "medium"}
+    rows = [r for r in stored.read(stored.RESULTS / "published.jsonl") if "device_peak" in r]
     return max(1.0, *(r["device_peak"] / accounted[r["row"]] for r in rows))
 
 
 def _times(model: str, records: list[dict] | None) -> dict[str, dict]:
     """What was measured by recipe; one machine only, since times of two machines do not compare."""
-    own = measure.read(measure.RESULTS / "memory.jsonl") if records is None else records
+    own = stored.read(stored.RESULTS / "memory.jsonl") if records is None else records
     own = [r for r in own if r.get("model") == model and r.get("size") == 1024 and r.get("device") == "cuda"]
     own = [r for r in own if not r.get("cap_gb")]
     if own:
@@ -271,5 +272,5 @@ def _times(model: str, records: list[dict] | None) -> dict[str, dict]:
             for r in own
             if r["machine"] == machine
         }
-    rows = [r for r in measure.read(measure.RESULTS / "published.jsonl") if r["model"] == model and "device_peak" in r]
+    rows = [r for r in stored.read(stored.RESULTS / "published.jsonl") if r["model"] == model and "device_peak" in r]
     return {r["row"]: r | {"seconds": r["mean"], "source": r["source"]} for r in rows}

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from .generate import UserError
+from ..errors import UserError
 
 KEPT = "mine"  # the folder of the learner's copies, beside the lessons
 

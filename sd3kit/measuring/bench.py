@@ -22,9 +22,14 @@ import torch
 import torch._inductor.config
 from diffusers.training_utils import free_memory
 
-from . import configs, loading, measure
+from .. import records
+from ..errors import UserError
+from ..loading import configs
+from ..loading.device import pick_device, pick_dtype
+from ..loading.names import NANO, resolve
+from ..loading.pipeline import load, undisturbed
+from . import protocol
 from .account import GIB, peaks
-from .measure import StudyError
 from .recipes import ENCODERS, RECIPES, Recipe
 from .speedups import COMPILED, INDUCTOR_FLAGS, SPEEDUPS
 
@@ -47,24 +52,24 @@ def run(options: argparse.Namespace) -> int:
     """Run `sd3kit measure`.
 
     Raises:
-        StudyError, LoadError: a wrong argument, or a model that cannot be loaded; one sentence.
+        UserError, LoadError: a wrong argument, or a model that cannot be loaded; one sentence.
     """
     names = {"memory": RECIPES, "bytes": RECIPES, "speed": SPEEDUPS}[options.study]
     chosen = options.rows or list(names)
     for row in chosen:
         if row not in names:
-            raise StudyError(f"there is no row {row!r} in {options.study}: use some of {', '.join(names)}.")
+            raise UserError(f"there is no row {row!r} in {options.study}: use some of {', '.join(names)}.")
     if options.steps < 1 or options.calls < 1 or options.warmup < 0:
-        raise StudyError("--steps and --calls must be 1 or more, --warmup 0 or more.")
+        raise UserError("--steps and --calls must be 1 or more, --warmup 0 or more.")
     if options.size is not None and (options.size % 16 or options.size < 64):
-        raise StudyError(f"--size must be divisible by 16 and at least 64, not {options.size}.")
+        raise UserError(f"--size must be divisible by 16 and at least 64, not {options.size}.")
     if options.cap_gb is not None and (not torch.cuda.is_available() or options.cap_gb <= 0):
-        raise StudyError("--cap-gb needs a CUDA device and a positive size: without one there is nothing to cap.")
-    out = options.out or measure.RESULTS / f"{options.study}.jsonl"
+        raise UserError("--cap-gb needs a CUDA device and a positive size: without one there is nothing to cap.")
+    out = options.out or records.RESULTS / f"{options.study}.jsonl"
     if not out.parent.is_dir():
-        raise StudyError(f"there is no folder {out.parent}: make it first, or give another --out.")
-    records = account(options, chosen, out) if options.study == "bytes" else measured(options, chosen, out)
-    print(table(records, options.study))
+        raise UserError(f"there is no folder {out.parent}: make it first, or give another --out.")
+    made = account(options, chosen, out) if options.study == "bytes" else measured(options, chosen, out)
+    print(table(made, options.study))
     return 0
 
 
@@ -80,31 +85,31 @@ def account(options: argparse.Namespace, chosen: list[str], out: Path) -> list[d
     """Bytes of the real models by recipe, for one picture of 1024 pixels a side."""
     models = [options.model] if options.model else list(configs.TRANSFORMER)
     if models[0] not in configs.TRANSFORMER:
-        raise StudyError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {models[0]!r}.")
-    records, size = [], options.size or 1024
+        raise UserError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {models[0]!r}.")
+    found, size = [], options.size or 1024
     for model in models:
         rows = {row: lambda row=row, model=model: peaks(model, row, size) for row in chosen}
         identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": versions()}
-        records += measure.study(rows, out, identity, "sd3kit measure bytes")
-    return records
+        found += records.study(rows, out, identity, "sd3kit measure bytes")
+    return found
 
 
 def measured(options: argparse.Namespace, chosen: list[str], out: Path) -> list[dict]:
     """The rows of the memory or of the speed study, measured here."""
     name = options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
-    device = loading.pick_device()
+    device = pick_device()
     with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
-        source = loading.resolve(name)
+        source = resolve(name)
         if options.weights == "random":
             if not Path(source).is_dir() and shutil.disk_usage(folder).free < 20 * GIB:
-                raise StudyError("random weights are written to disk first: 20 GiB are needed in the temporary folder.")
+                raise UserError("random weights are written to disk first: 20 GiB are needed in the temporary folder.")
             dtype = _dtype(options, name, device)
-            loading.load(name, device="cpu", dtype=dtype, weights="random", quiet=True).save_pretrained(folder)
+            load(name, device="cpu", dtype=dtype, weights="random", quiet=True).save_pretrained(folder)
             gc.collect()
             source = folder
         bench = Bench(options, name, source, device)
         rows = {row: lambda row=row: bench.row(row) for row in chosen}
-        return measure.study(rows, out, bench.identity(), command(options))
+        return records.study(rows, out, bench.identity(), command(options))
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +123,7 @@ def versions() -> dict[str, str]:
 
 
 def _dtype(options: argparse.Namespace, name: str, device: str) -> torch.dtype:
-    return getattr(torch, options.dtype) if options.dtype else loading.pick_dtype(name, device)[0]
+    return getattr(torch, options.dtype) if options.dtype else pick_dtype(name, device)[0]
 
 
 class Bench:
@@ -133,11 +138,11 @@ class Bench:
 
     def identity(self) -> dict:
         """What two records must share to be the same measurement."""
-        machine = torch.cuda.get_device_name() if self.device == "cuda" else measure.processor()
+        machine = torch.cuda.get_device_name() if self.device == "cuda" else records.processor()
         weights = self.options.weights
         if self.name == "nano" and weights == "trained":
             digest = hashlib.sha256()
-            for file in sorted(loading.NANO.rglob("*.safetensors")):
+            for file in sorted(NANO.rglob("*.safetensors")):
                 digest.update(file.read_bytes())
             weights = digest.hexdigest()[:16]
         return {
@@ -172,7 +177,7 @@ class Bench:
 
     def make(self, recipe: Recipe):
         """The pipeline of a recipe, and the inputs by prompt where the recipe computed them."""
-        with loading._undisturbed(local=Path(self.source).is_dir()):
+        with undisturbed(local=Path(self.source).is_dir()):
             takes_prompts = "prompts" in inspect.signature(recipe.build).parameters
             extra = {"prompts": self.prompts} if takes_prompts else {}
             made = recipe.build(self.source, self.dtype, self.device, **extra)
@@ -191,16 +196,16 @@ class Bench:
                     break
                 gc.collect()
             if self._reference is None:
-                raise StudyError(f"{self.name} does not fit on this GPU even with every layer offloaded.")
-            measure.machine(self.device, self.dtype)
+                raise UserError(f"{self.name} does not fit on this GPU even with every layer offloaded.")
+            protocol.machine(self.device, self.dtype)
             self._cap(self.options.cap_gb)
         return self._reference
 
     def _drawn(self, recipe: str) -> tuple[list, dict]:
         pipe, _ = self.make(RECIPES[recipe])
-        self._encoders = measure.stored_bytes(*(getattr(pipe, part) for part in ENCODERS))
+        self._encoders = protocol.stored_bytes(*(getattr(pipe, part) for part in ENCODERS))
         pictures = [self.draw(pipe, i) for i in range(self.options.calls)]
-        return pictures, measure.count(lambda: self.draw(pipe, 0), _modules(pipe), self.device)
+        return pictures, protocol.count(lambda: self.draw(pipe, 0), _modules(pipe), self.device)
 
     def _cap(self, gib: float | None) -> None:
         if self.options.cap_gb is not None:
@@ -225,7 +230,7 @@ class Bench:
         torch._dynamo.reset()
         free_memory()
         pipe, _ = self.make(RECIPES["default"])
-        return measure.timed(lambda i: self.draw(pipe, i), n=min(5, self.options.calls), warmup=1)["median"]
+        return protocol.timed(lambda i: self.draw(pipe, i), n=min(5, self.options.calls), warmup=1)["median"]
 
     def _row(self, name: str) -> dict:
         reference, counted = self.reference()
@@ -248,7 +253,7 @@ class Bench:
                 extra = SPEEDUPS[name](pipe) if speed else {}
                 less = name not in COMPILED if speed else bool(inputs or RECIPES[name].without)
                 if less:  # what does less work has a floor of its own
-                    counted = measure.count(lambda: self.draw(pipe, 0, inputs, **extra), _modules(pipe), self.device)
+                    counted = protocol.count(lambda: self.draw(pipe, 0, inputs, **extra), _modules(pipe), self.device)
                 figures = self._figures(pipe, inputs, extra, reference, counted)
                 apart = {"encoding": making} if inputs else {}  # of all prompts, with loading, outside the calls
                 return figures | {"device_peak": max(figures["device_peak"], building)} | apart
@@ -261,15 +266,15 @@ class Bench:
         def call(i: int) -> None:
             pictures[i] = self.draw(pipe, i, inputs, **extra)
 
-        times = measure.timed(call, n=calls, warmup=self.options.warmup)
-        memory = measure.peak(lambda: call(0), _modules(pipe), self.device)
+        times = protocol.timed(call, n=calls, warmup=self.options.warmup)
+        memory = protocol.peak(lambda: call(0), _modules(pipe), self.device)
         memory.pop("result")
-        limits = measure.machine(self.device, pipe.vae.dtype)
+        limits = protocol.machine(self.device, pipe.vae.dtype)
         figures = times | memory | {
             "operations": counted["operations"],
             "bytes": counted["bytes"],
-            "floor": measure.floor(counted, limits),
-            "stored_bytes": measure.stored_bytes(*_modules(pipe)),
+            "floor": protocol.floor(counted, limits),
+            "stored_bytes": protocol.stored_bytes(*_modules(pipe)),
             "distance": distance([pictures[i] for i in range(calls)], reference[:calls]),
         }  # fmt: skip
         if self.name == "nano":
@@ -292,14 +297,14 @@ def distance(pictures: list, reference: list) -> float:
 
 def adherence(pictures: list, prompts: tuple[str, ...]) -> dict:
     """The share of nano's pictures with the subject and the background that were asked for."""
-    from .nano.judge import Judge
+    from ..recipe.judge import Judge
 
     judge, answers = Judge(), []
     for picture, prompt in zip(pictures, prompts, strict=False):
         found = judge.subject(picture)
         words = prompt.split(",")[0].split()
         answers.append(found is not None and found[0] == words[1] and judge.background(picture) == words[4])
-    return measure.share(answers)
+    return records.share(answers)
 
 
 def of_eager(record: dict) -> tuple[float, float, float]:
@@ -308,10 +313,10 @@ def of_eager(record: dict) -> tuple[float, float, float]:
     return tuple(record["median"] / t for t in (sum(eager) / len(eager), max(eager), min(eager)))
 
 
-def table(records: list[dict], study: str) -> str:
+def table(rows: list[dict], study: str) -> str:
     """The records for the terminal."""
     lines = []
-    for r in records:
+    for r in rows:
         if "raises" in r or "out_of_memory" in r:
             figures = "out of memory" if "out_of_memory" in r else r["raises"]
         elif study == "bytes":

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from .scenes import COLOURS, STYLES, SUBJECTS, Scene, Subject
 
 # npm package, version and integrity, as `npm pack --json` prints it.
@@ -54,7 +55,7 @@ supervillain guard ninja pregnant breast bald beard hair medium light dark finge
 )
 
 
-class ArtError(RuntimeError):
+class ArtError(UserError):
     """The art could not be fetched or is not what was pinned; the message says what to do."""
 
 

@@ -1,0 +1,52 @@
+"""The command line: `sd3kit generate`, `check` (what this machine can run), `measure` and `reset`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import __version__
+from ..errors import UserError
+from . import generate, measure
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="sd3kit", description="Learn Stable Diffusion 3, on a small real SD3.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    generate.add_parser(commands)
+    commands.add_parser("check", help="what this machine has and what it can run")
+    measure.add_parser(commands)
+    reset = commands.add_parser("reset", help="put a lesson back as it was published, and keep your copy")
+    reset.add_argument("lesson", help="how its name begins, such as 03")
+    reset.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the lessons are (%(default)s)")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "generate":
+            generate.run(options)
+        elif options.command == "measure":
+            from ..measuring import bench  # imports what only measuring needs
+
+            return bench.run(options)
+        elif options.command == "reset":
+            from .reset import reset
+
+            lesson, copy = reset(options.lesson, options.folder)
+            print(f"{lesson} is as it was published; yours is {copy}")
+        else:
+            from .machine import check
+
+            check()
+    except UserError as error:
+        print(f"sd3kit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "sd3kit: stopped; finished pictures of a folder are kept, and the same command goes on.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
