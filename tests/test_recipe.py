@@ -1,9 +1,6 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
-import copy
 import json
-import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
 from sd3kit.recipe import art as art_module
 from sd3kit.recipe import autoencoder, evaluate, flow, reading, scenes, text, training
-from sd3kit.recipe.pool import random_caption
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -28,66 +24,6 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.save_whole({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-def test_a_damped_copy_is_without_loss_where_7_draws_as_3_did_and_truer_in_style(pipe, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(flow, "learn", lambda model, loss, *rest, **more: asked.update(model=model, loss=loss))
-    model = copy.deepcopy(pipe.transformer)
-    flow.damp(model, None, None, None, Path(), 1, 1)
-    x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.9])
-    names = ("empty", "caption", "caption without style")
-    texts = {name: (torch.randn(2, 20, 192), torch.randn(2, 160)) for name in names}
-    u, c, n = (flow.predicted(model, x, sigma, texts[name]) for name in names)
-    for one, alone in zip(flow.together(model, x, sigma, *texts.values()), (u, c, n), strict=True):
-        torch.testing.assert_close(one, alone, atol=1e-4, rtol=1e-4)
-    said = {}  # by the copy
-
-    def together(which, *given):
-        return flow_together(which, *given) if which is model else (said["u"], said["c"])
-
-    flow_together = flow.together
-    monkeypatch.setattr(flow, "together", together)
-    goal = u + 3 * (c - u) + 2 * (c - n)
-    said |= {"u": u, "c": u + (goal - u) / 7}
-    torch.testing.assert_close(said["u"] + 7 * (said["c"] - said["u"]), goal, atol=1e-4, rtol=1e-4)
-    assert asked["loss"](x, sigma, texts.get, None).max() < 1e-6
-    said["c"] = c
-    assert asked["loss"](x, sigma, texts.get, None).mean() > (c - u).square().mean()
-    said |= {"u": u + 0.1, "c": u + 0.1 + (goal - u) / 7}  # an error of both is not multiplied
-    torch.testing.assert_close(asked["loss"](x, sigma, texts.get, None), torch.full_like(x, 0.03))
-    assert not any(p.requires_grad for p in model.parameters())
-    assert asked["model"] is not model
-
-
-def test_a_caption_and_the_same_without_its_style(rng):
-    for kind in ("single", "sign", "pair", "count") * 25:
-        scene = scenes.random_scene(rng, scenes.SUBJECTS, kind)
-        seed = rng.random()
-        caption, unstyled = (random_caption(scene, random.Random(seed), styled=styled) for styled in (True, False))
-        words = set(caption.replace(",", "").split()) - set(unstyled.replace(",", "").split())
-        adjective = caption.startswith(f"a {scene.style} ")  # "a flat fox on a blue background" has an "on" of its own
-        assert words <= {"a", scene.style, "style", "fluent"} | ({"on"} if adjective else set())
-        assert scene.style not in unstyled.split()
-
-
-def test_a_loss_is_told_the_captions_the_same_without_style_and_empty_ones(art, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 16),))
-    read, model, read_texts = text.Text(tmp_path), flow.transformer(), []
-    monkeypatch.setattr(text.Text, "forward", lambda self, prompts, *rest: read_texts.append((prompts, rest[-1])))
-
-    def loss(x, sigma, say, velocity):
-        for what in ("caption", "caption without style", "empty"):
-            say(what)
-        with pytest.raises(KeyError):
-            say("something else")
-        return sum(p.sum() for p in model.parameters()) * torch.ones_like(x)
-
-    flow.learn(model, loss, art, vae, read, tmp_path / "flow.pt", 0.0001, 4)
-    (prompts, keep), (unstyled, keep_again), (empty, all_kept) = read_texts[:3]
-    styles = [[style for style in scenes.STYLES if style in caption.replace(",", "").split()] for caption in prompts]
-    assert sum(map(len, styles)) > 8 and not any(style in caption for caption in unstyled for style in scenes.STYLES)
-    assert empty == [""] * 16 and all_kept.min() == 1 and torch.equal(keep, keep_again)
 
 
 def test_the_average_follows_and_swaps_back():
@@ -149,10 +85,9 @@ def test_the_recipe_learns_continues_and_saves_a_pipeline(art, vae, tmp_path, mo
         flow.export(flow.train(art, vae, read, tmp_path, minutes, 4), read, vae, tmp_path / "out")
         return torch.load(tmp_path / "flow.pt", weights_only=True)
 
-    first = run(0.08)
-    again = run(0.12)
-    assert again["budget"]["steps"] > first["budget"]["steps"] > 0
-    assert again["budget"]["spent"] == pytest.approx(0.12 * 60, abs=3)
+    first = run(0.02)["budget"]
+    again = run(first["spent"] / 60 + 0.02)["budget"]  # a slow machine spends more than it is given
+    assert again["steps"] > first["steps"] > 0 and again["spent"] > first["spent"]
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
     assert pipe("a fox", num_inference_steps=1, max_sequence_length=16).images[0].size == (128, 128)
 
@@ -161,7 +96,7 @@ def test_a_training_can_start_from_a_finished_pipeline(art, vae, tmp_path, monke
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4),))
     monkeypatch.setattr(command, "Art", lambda folder: art)
     here = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    minutes = ["--flow-minutes", "0.02", "--damp-minutes", "0.02"]
+    minutes = ["--flow-minutes", "0.02"]
     assert command.main(["train", *here, "--start", str(NANO), "--subjects", "4", *minutes]) == 0
     old, new = (StableDiffusion3Pipeline.from_pretrained(folder) for folder in (NANO, tmp_path / "out"))
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -184,11 +119,11 @@ def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, tm
         encoders = reading.train(art, vae, tmp_path, minutes, clip_batch=8, t5_batch=8)
         return encoders, torch.load(tmp_path / "text.pt", weights_only=True)
 
-    _, first = run(0.05)
-    encoders, again = run(0.1)
+    _, first = run(0.02)
+    encoders, again = run(first["budget"]["spent"] / 60 + 0.02)
     assert again["budget"]["steps"] > first["budget"]["steps"] > 0
     assert not any(p.requires_grad for p in encoders.parameters())
-    same, at_rest = run(0.1)
+    same, at_rest = run(0.02)
     assert at_rest["budget"]["steps"] == again["budget"]["steps"]
     for one, other in zip(encoders.parameters(), same.parameters(), strict=True):
         torch.testing.assert_close(one, other)
@@ -237,7 +172,7 @@ def test_the_model_card_shows_the_stored_record():
 
 def test_evaluate_measures_every_figure(pipe, judge):
     record = evaluate.evaluate(pipe, judge, count=4, num_inference_steps=4)
-    assert len(record["figures"]) == 8
+    assert len(record["figures"]) == 10 and list(record["guidance"]) == ["1", "2", "3", "4.5", "7", "10"]
     for figures in record["figures"].values():
         assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
     table = evaluate.table(record)

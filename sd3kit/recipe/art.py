@@ -42,7 +42,7 @@ CELL = 16  # pixels of a letter's cell: one token of the transformer
 # Two sizes, and centres that are whole cells apart: an icon gives the same tokens wherever it stands, so that an icon
 # is two patterns to learn and not endlessly many.
 LARGE, SMALL = 96, 56
-USUAL = 0.6  # how often a single subject is large and in the middle: one layout to expect where the caption says none
+USUAL = 0.75  # how often a single subject is large and in the middle: one layout to expect where the caption says none
 # Where the things of a count stand (x, y): two side by side, three as a triangle, four as a square.
 PLACES = {2: ((32, 64), (96, 64)), 3: ((64, 32), (32, 96), (96, 96)), 4: ((32, 32), (96, 32), (32, 96), (96, 96))}
 # The autoencoder learns from all the art that the three sets share, without people, flags and hands.
@@ -204,7 +204,9 @@ def _paste(canvas: np.ndarray, image: Image.Image) -> None:
 def draw(scene: Scene, art: Art, rng: random.Random) -> np.ndarray:
     """The scene as a float32 (128, 128, 3) array of 0..255; place, size and the shade of the background vary."""
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
-    canvas[:] = np.clip(np.array(COLOURS[scene.colour]) + [rng.uniform(-10, 10) for _ in range(3)], 0, 255)
+    sides = (slice(0, SIZE // 2), scene.colour), (slice(SIZE // 2, SIZE), scene.other)
+    for side, colour in sides if scene.kind == "split" else ((slice(SIZE), scene.colour),):
+        canvas[:, side] = np.clip(np.array(COLOURS[colour]) + [rng.uniform(-10, 10) for _ in range(3)], 0, 255)
 
     def put(subject: Subject, size: int, x: int, y: int) -> None:
         place(canvas, art[subject.icon, scene.style], size, x, y)
@@ -219,7 +221,7 @@ def draw(scene: Scene, art: Art, rng: random.Random) -> np.ndarray:
     elif scene.kind == "sign":
         put(subject, LARGE if len(scene.text.split()) == 1 else SMALL, 64, 48)
         _paste(canvas, sign(scene.text))
-    elif scene.kind == "pair":
+    elif scene.kind in ("pair", "split"):
         for (x, y), each in zip(PLACES[2], scene.subjects, strict=True):
             put(each, SMALL, x, y)
     else:

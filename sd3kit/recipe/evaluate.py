@@ -17,7 +17,8 @@ from .art import CELL, SIZE, Art, draw, to_tensor
 from .judge import LEFT, RIGHT, WHOLE, Box, Judge
 
 CARD_START, CARD_END = "<!-- figures -->", "<!-- end of figures -->"
-KINDS = ("single", "sign", "pair", "count")
+KINDS = ("single", "sign", "pair", "split", "count")
+SCALES = (1.0, 2.0, 3.0, 4.5, 7.0, 10.0)  # of guidance
 ANNOUNCEMENT = "A cat holding a sign that says hello world"
 SHOWCASE = (
     ANNOUNCEMENT,
@@ -42,6 +43,13 @@ def above_sign(scene: scenes.Scene) -> Box:
 
 def judge_scene(judge: Judge, image: Image.Image, scene: scenes.Scene) -> dict[str, bool]:
     """What the picture got right of the scene, one answer for each thing that was asked."""
+    if scene.kind == "split":
+        seen = [(judge.background(image, box), judge.subject(image, box)) for box in (LEFT, RIGHT)]
+        answers = {
+            "background": [colour for colour, _ in seen] == [scene.colour, scene.other],
+            "sides": [found and found[0] for _, found in seen] == [s.name for s in scene.subjects],
+        }
+        return answers | {"colours bound": all(answers.values())}
     answers = {"background": judge.background(image) == scene.colour}
     if scene.kind in ("single", "sign"):
         found = judge.subject(image, WHOLE if scene.kind == "single" else above_sign(scene))
@@ -65,6 +73,14 @@ def tally(judge: Judge, pictures: Iterable[Image.Image], asked: Iterable[scenes.
         for name, right in judge_scene(judge, image, scene).items():
             answers.setdefault(name, []).append(right)
     return {name: records.share(given) for name, given in answers.items()}
+
+
+def distances(judge: Judge, pictures: Iterable[Image.Image], asked: Iterable[scenes.Scene]) -> dict[str, float]:
+    """The median and the 90th percentile of the distance (of 255) to the art that was asked for; single subjects."""
+    found = [
+        judge.distance(image, scene.subjects[0].name, scene.style) for image, scene in zip(pictures, asked, strict=True)
+    ]
+    return {"median": float(np.median(found)), "90th percentile": float(np.quantile(found, 0.9)), "n": len(found)}
 
 
 def pictures(pipe, prompts: list[str], *, seed: int = 0, batch: int = 25, **kwargs) -> list[Image.Image]:
@@ -116,6 +132,10 @@ def floors(judge: Judge, art: Art, vae, count: int) -> dict[str, dict]:
             "shuffled prompts": tally(judge, real, asked[1:] + asked[:1]),
             "psnr": float(psnr(vae, tensors).mean()),
         }
+        if kind == "single":
+            record["distance"] = {
+                "real renders": distances(judge, real, asked), "autoencoder's copies": distances(judge, copies, asked)
+            }  # fmt: skip
     return record
 
 
@@ -126,10 +146,18 @@ def evaluate(pipe, judge: Judge, *, count: int = 300, art: Art | None = None, **
         for held_out in (False, True):
             asked = ask(kind, count if kind == "single" else max(2, count // 3), judge.subjects, held_out, 0)
             drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **kwargs)
+            if kind == "single" and held_out:
+                record["distance"] = distances(judge, drawn, asked)
             record["figures"][f"{kind}, {'held out' if held_out else 'seen'}"] = tally(judge, drawn, asked)
     twenty = pictures(pipe, [ANNOUNCEMENT] * 20, **kwargs)
     near = [edit_distance(judge.text(image), "hello world") <= 2 for image in twenty]
     record["announcement"] = records.share(near)
+    asked = ask("single", max(2, count // 2), judge.subjects, True, 0)
+    record["guidance"] = {}
+    for scale in SCALES:
+        drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **kwargs | {"guidance_scale": scale})
+        right = [all(judge_scene(judge, *pair).values()) for pair in zip(drawn, asked, strict=True)]
+        record["guidance"][f"{scale:g}"] = records.share(right)
     record["seconds a picture"] = {"sd3kit": seconds(pipe, 40), "diffusers' defaults": seconds(pipe, 256)}
     if art is not None:
         from .autoencoder import psnr, random_picture
@@ -163,7 +191,13 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     for title, figures in record["figures"].items():
         found += of(title, figures)
     found += of("the announcement's prompt, within two letters", {"text": record["announcement"]})
-    for kind, floors in record.get("floors", {}).items():
+    found += of("single, held out, all of it right, by guidance scale", record["guidance"])
+    floors_of = dict(record.get("floors", {}))
+    distance = {"drawn, held out": record["distance"]} | floors_of.pop("distance", {})
+    for title, figures in distance.items():
+        spread = f"90th percentile {figures['90th percentile']:.1f}, n = {figures['n']}"
+        found.append((f"single, {title}: median distance to the art, in levels", f"{figures['median']:.1f}", spread))
+    for kind, floors in floors_of.items():
         for title in ("real renders", "autoencoder's copies", "shuffled prompts"):
             found += of(f"{kind}, {title}", floors[title])
         found.append((f"{kind}: PSNR of the autoencoder", f"{floors['psnr']:.2f} dB", ""))
@@ -176,7 +210,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
 def table(record: dict) -> str:
     """The record for the terminal."""
     lines = [f"{record['subjects']} subjects; share right, with its 95% interval"]
-    return "\n".join(lines + [f"{what:<62}{figure:>9}  {interval}" for what, figure, interval in rows(record)])
+    return "\n".join(lines + [f"{what:<74}{figure:>9}  {interval}" for what, figure, interval in rows(record)])
 
 
 def markdown(record: dict) -> str:

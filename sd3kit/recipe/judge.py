@@ -113,16 +113,17 @@ class Judge:
         stack = np.stack([nothing if n is None else n for n in normal])
         return stack.reshape(*self._icons.shape[:2], _SIDE, _SIDE, 3)
 
-    def background(self, image: Image.Image) -> str:
-        """The name of the background's colour."""
-        return colour_name(background(_pixels(image)))
+    def background(self, image: Image.Image, box: Box = WHOLE) -> str:
+        """The name of the background's colour, in all of the picture or in a box of it."""
+        left, top, right, bottom = box
+        return colour_name(background(_pixels(image)[top:bottom, left:right]))
 
     def distances(self, image: Image.Image, box: Box = WHOLE) -> np.ndarray:
         """The mean squared distance (subjects, styles) of what stands in the box to every template; inf for nothing."""
-        pixels = _pixels(image)
-        colour = background(pixels)
         left, top, right, bottom = box
-        cut = _normal(pixels[top:bottom, left:right], colour)
+        pixels = _pixels(image)[top:bottom, left:right]
+        colour = background(pixels)
+        cut = _normal(pixels, colour)
         if cut is None:
             return np.full(self._icons.shape[:2], np.inf)
         templates = self._at(tuple(min(255, int(v)) for v in (colour / 4).round() * 4))

@@ -1,48 +1,97 @@
-"""Scenes with their latents, drawn and encoded as training goes."""
+"""Scenes with their latents and captions, kept where the model is, and drawn anew as training goes."""
 
+import dataclasses
 import random
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
 from . import scenes
-from .art import Art, draw, to_tensor
-from .autoencoder import NOISE
+from .art import CELL, SIZE, Art, cells, draw, to_tensor
+from .text import Text
+
+CAPTIONS = 4  # of each scene
+AT_ONCE = 8  # scenes that are drawn and encoded together
+CLIP_SHORT, T5_SHORT = 40, 48  # tokens of the longest caption that is kept
+
+
+@dataclasses.dataclass
+class Batch:
+    """So many scenes: `latents` (N, 16, 16, 16), scaled; `clip` and `t5`, the ids of a caption (N, tokens), -1 for
+    padding; `letters` (N, 8, 8), whether a token of the picture holds a letter of a sign."""
+
+    latents: torch.Tensor
+    clip: torch.Tensor
+    t5: torch.Tensor
+    letters: torch.Tensor
+
+
+def random_caption(scene: scenes.Scene, rng: random.Random) -> str:
+    """The scene in words that vary; style and background are not always named."""
+    return scenes.caption(scene, rng, with_style=rng.random() < 0.9, with_colour=rng.random() < 0.85)
+
+
+class Drawn(torch.utils.data.IterableDataset):
+    """Scenes without end, a few at a time, as arrays: pictures, captions as ids, where letters are."""
+
+    def __init__(self, art: Art, text: Text, subjects: list[scenes.Subject], kinds: tuple[str, ...], seed: int):
+        self.art, self.tokens, self.subjects, self.kinds, self.seed = art, text.tokens, subjects, kinds, seed
+
+    def __iter__(self) -> Iterator[tuple]:
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        while True:
+            new = [scenes.random_scene(rng, self.subjects, rng.choice(self.kinds)) for _ in range(AT_ONCE)]
+            pictures = np.stack([draw(scene, self.art, rng) for scene in new]).round().astype(np.uint8)
+            letters = np.zeros((AT_ONCE, SIZE // CELL, SIZE // CELL), bool)
+            for i, scene in enumerate(new):
+                for place in cells(scene.text):
+                    letters[i][place] = True
+            captions = [random_caption(scene, rng) for scene in new for _ in range(CAPTIONS)]
+            clip, t5 = (
+                ids.unflatten(0, (AT_ONCE, CAPTIONS)).short() for ids in self.tokens(captions, CLIP_SHORT, T5_SHORT)
+            )
+            yield pictures, clip, t5, torch.from_numpy(letters)
 
 
 class Pool:
-    """It grows to `capacity`, then the new scenes take the places of old ones."""
+    """It grows to `capacity` scenes, then new ones take the places of the oldest."""
 
     def __init__(
-        self, art: Art, vae: AutoencoderKL, subjects: list[scenes.Subject], kinds: tuple[str, ...], capacity: int
-    ):
-        """Scenes of these subjects and kinds; a kind named twice comes twice as often."""
-        self.art, self.vae, self.subjects, self.kinds, self.capacity = art, vae, subjects, kinds, capacity
-        self.scenes: list[scenes.Scene] = []
-        self.latents: list[torch.Tensor] = []
+        self, art: Art, vae: AutoencoderKL, text: Text, subjects: list[scenes.Subject], kinds: tuple[str, ...],
+        capacity: int, *, workers: int = 0, seed: int = 0,
+    ):  # fmt: skip
+        """Scenes of these subjects and kinds; a kind named twice comes twice as often. `workers` processes draw."""
+        drawn = Drawn(art, text, subjects, kinds, seed)
+        self.drawn = iter(torch.utils.data.DataLoader(drawn, batch_size=None, num_workers=workers))
+        self.vae, self.capacity, self.count = vae, capacity // AT_ONCE * AT_ONCE, 0
+        device, tokens = vae.device, SIZE // CELL
+        self.latents = torch.empty(self.capacity, 16, 16, 16, device=device)
+        self.clip = torch.empty(self.capacity, CAPTIONS, CLIP_SHORT, dtype=torch.short, device=device)
+        self.t5 = torch.empty(self.capacity, CAPTIONS, T5_SHORT, dtype=torch.short, device=device)
+        self.letters = torch.empty(self.capacity, tokens, tokens, dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def renew(self, count: int, rng: random.Random) -> None:
-        new = [scenes.random_scene(rng, self.subjects, rng.choice(self.kinds)) for _ in range(count)]
-        pictures = to_tensor([draw(scene, self.art, rng) for scene in new])
-        encoded = self.vae.encode(pictures.to(self.vae.device)).latent_dist.mean * self.vae.config.scaling_factor
-        for scene, latent in zip(new, encoded, strict=True):
-            if len(self.scenes) < self.capacity:
-                self.scenes.append(scene)
-                self.latents.append(latent)
-            else:
-                i = rng.randrange(self.capacity)
-                self.scenes[i], self.latents[i] = scene, latent
+    def renew(self, times: int = 1) -> None:
+        """Draw and encode so many times a few scenes."""
+        for _ in range(times):
+            pictures, clip, t5, letters = next(self.drawn)
+            x = to_tensor(list(np.asarray(pictures))).to(self.vae.device)
+            at = slice(self.count % self.capacity, self.count % self.capacity + AT_ONCE)
+            self.latents[at] = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
+            self.clip[at], self.t5[at], self.letters[at] = clip, t5, letters
+            self.count += AT_ONCE
 
-    def sample(self, count: int, rng: random.Random) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """So many scenes, and their latents (count, 16, 16, 16) with the noise of the posterior."""
-        chosen = [rng.randrange(len(self.scenes)) for _ in range(count)]
-        latents = torch.stack([self.latents[i] for i in chosen])
-        noise = NOISE * self.vae.config.scaling_factor * torch.randn_like(latents)
-        return [self.scenes[i] for i in chosen], latents + noise
+    def sample(self, count: int) -> Batch:
+        """So many of the scenes, each with one of its captions, cut to the longest of them on a CPU.
 
-
-def random_caption(scene: scenes.Scene, rng: random.Random, *, styled: bool = True) -> str:
-    """The scene in words that vary; the style, which `styled` can forbid, and the background are not always named."""
-    with_style, with_colour = rng.random() < 0.9, rng.random() < 0.85
-    return scenes.caption(scene, rng, with_style=with_style and styled, with_colour=with_colour)
+        A GPU keeps one length: reading the longest would make it wait.
+        """
+        i = torch.randint(min(self.count, self.capacity), (count,), device=self.latents.device)
+        j = torch.randint(CAPTIONS, (count,), device=self.latents.device)
+        ids = [each[i, j].long() for each in (self.clip, self.t5)]
+        if self.latents.device.type == "cpu":
+            ids = [each[:, : int((each >= 0).sum(1).max())] for each in ids]
+        return Batch(self.latents[i], *ids, self.letters[i])

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 from . import scenes
 from .art import CELL, SIZE, Art, cells
 from .pool import Pool, random_caption
-from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
+from .text import CLIP_WIDTHS, JOINT, Text
 from .training import Average, Budget, cosine, restore_parts, save_parts
 
 KINDS = ("single", "single", "sign", "pair", "count")
@@ -112,21 +112,20 @@ def train(
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
     if budget.spent < minutes * 60:
-        pool = Pool(art, vae.to(device).eval().requires_grad_(False), scenes.SUBJECTS, KINDS, 12_000)
-        for _ in range(24):
-            pool.renew(32, rng)
+        pool = Pool(art, vae.to(device).eval().requires_grad_(False), text, scenes.SUBJECTS, KINDS, 12_000)
+        pool.renew(96)
         for done in budget:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * min(1.0, (budget.steps + 1) / 100) * cosine(done, 0.3, 0.02)
-            losses = {"clip": contrast(model, pool, clip_batch, rng)}
-            losses |= dict(zip(("words", "letters"), read(model, pool.subjects, t5_batch, rng), strict=True))
+            losses = {"clip": contrast(model, pool, clip_batch)}
+            losses |= dict(zip(("words", "letters"), read(model, scenes.SUBJECTS, t5_batch, rng), strict=True))
             optimizer.zero_grad()
             sum(losses.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             average.update()
             budget.notes = {name: f"{loss.item():.3f}" for name, loss in losses.items()}
-            pool.renew(8, rng)
+            pool.renew()
             if budget.steps % 200 == 199:
                 save_parts(kept, checkpoint)
         save_parts(kept, checkpoint)
@@ -148,17 +147,15 @@ def groups(model: nn.ModuleDict, clip_rate: float, t5_rate: float) -> list[dict]
     return [{"params": p, "lr": rates[n], "initial_lr": rates[n]} | decays.get(n, {}) for n, p in found.items()]
 
 
-def contrast(model: nn.ModuleDict, pool: Pool, batch: int, rng: random.Random) -> torch.Tensor:
+def contrast(model: nn.ModuleDict, pool: Pool, batch: int) -> torch.Tensor:
     """CLIP's loss, the mean of both encoders and both directions."""
-    text, tower = model["text"], model["tower"]
-    chosen, latents = pool.sample(batch, rng)
-    prompts = [random_caption(scene, rng) for scene in chosen]
-    scale, same = tower.scale.exp().clamp(max=50), torch.arange(batch, device=latents.device)
-    loss = torch.zeros((), device=latents.device)
+    text, tower, chosen = model["text"], model["tower"], pool.sample(batch)
+    scale, same = tower.scale.exp().clamp(max=50), torch.arange(batch, device=chosen.latents.device)
+    loss = torch.zeros((), device=chosen.latents.device)
     encoders = (text.text_encoder, text.text_encoder_2)
-    for seen, encoder, tokenizer in zip(tower(latents), encoders, text.tokenizers, strict=False):
-        ids = tokenizer(prompts, padding=True, truncation=True, max_length=CLIP_LENGTH, return_tensors="pt").input_ids
-        said = normalize(encoder(ids.to(latents.device)).text_embeds, dim=-1)
+    for seen, encoder, tokenizer in zip(tower(chosen.latents), encoders, text.tokenizers, strict=False):
+        ids = torch.where(chosen.clip < 0, tokenizer.pad_token_id, chosen.clip)
+        said = normalize(encoder(ids).text_embeds, dim=-1)
         logits = scale * seen @ said.T
         loss = loss + (cross_entropy(logits, same) + cross_entropy(logits.T, same)) / 4
     return loss

@@ -89,9 +89,10 @@ LONGEST = 7  # letters on one line of a sign: one letter a token column, and eig
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture in words. `kind` is single, sign, pair or count.
+    """One picture in words. `kind` is single, sign, pair, split or count.
 
-    `subjects` holds one subject, or two for a pair (left, then right). `text` is the sign's, one or two words.
+    `subjects` holds one subject, or two for a pair and a split (left, then right). `text` is the sign's, one or two
+    words. A split has a background on each side: `colour` on the left, `other` on the right.
     """
 
     kind: str
@@ -100,20 +101,21 @@ class Scene:
     colour: str
     text: str = ""
     count: int = 1
+    other: str = ""
 
 
 def is_held_out(scene: Scene) -> bool:
     """Whether training never sees this combination: about a tenth of each kind, by a hash of what is combined.
 
     single and count: subject, style and background (and the number); sign: each word with the subject;
-    pair: the two subjects, in either order.
+    pair and split: the two subjects, in either order.
     """
     names = [s.icon for s in scene.subjects]
     if scene.kind == "sign":
         if scene.text == "hello world" and names[0] == "cat-face":
             return True  # the announcement's own picture is never trained
         keys = [f"sign|{names[0]}|{word}" for word in scene.text.split()]
-    elif scene.kind == "pair":
+    elif scene.kind in ("pair", "split"):
         keys = ["pair|" + "|".join(sorted(names))]
     else:
         keys = [f"{scene.kind}|{names[0]}|{scene.style}|{scene.colour}|{scene.count}"]
@@ -157,16 +159,22 @@ def random_scene(
 ) -> Scene:
     """A scene of that kind, drawn uniformly from those that are (or are not) held out."""
     while True:
-        style, colour = rng.choice(list(STYLES)), rng.choice(list(COLOURS))
-        chosen = tuple(rng.sample(subjects, 2 if kind == "pair" else 1))
+        style, (colour, other) = rng.choice(list(STYLES)), rng.sample(list(COLOURS), 2)
+        chosen = tuple(rng.sample(subjects, 2 if kind in ("pair", "split") else 1))
         text = random_text(rng, spell) if kind == "sign" else ""
         count = rng.choice(list(COUNTS)) if kind == "count" else 1
-        scene = Scene(kind, chosen, style, colour, text, count)
+        scene = Scene(kind, chosen, style, colour, text, count, other if kind == "split" else "")
         if is_held_out(scene) == held_out:
             return scene
 
 
+_ONE = ("ss", "us", "os", "tennis")  # endings of nouns that are not plural
+
+
 def _a(noun: str) -> str:
+    """The noun with its article; grapes and glasses have none."""
+    if noun.endswith("s") and not noun.endswith(_ONE):
+        return noun
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -201,13 +209,20 @@ def caption(
             f"{_a(first)} on the left and {_a(rest[0])} on the right", f"{_a(first)} to the left of {_a(rest[0])}",
         ))  # fmt: skip
         noun = thing
+    elif scene.kind == "split":
+        left, right = (f"{_a(what)} on {_a(colour)} background"
+                       for what, colour in ((first, scene.colour), (rest[0], scene.other)))  # fmt: skip
+        noun = thing = pick((
+            f"{left} next to {right}", f"{left} and {right}", f"{left} on the left and {right} on the right",
+            f"{_a(first)} on {scene.colour} next to {_a(rest[0])} on {scene.other}",
+        ))  # fmt: skip
     elif scene.kind == "count":
         noun = thing = f"{COUNTS[scene.count]} {_plural(first)}"
     else:
         noun, thing = first, None
     thing = thing or _a(noun)
     text = thing
-    if with_colour:
+    if with_colour and scene.kind != "split":  # a split has said its colours
         c = scene.colour
         text = pick((f"{thing} on {_a(c)} background", f"{thing} on {_a(c)} background", f"{thing} on {c}",
                      f"{noun}, {c} background", f"{_a(c)} background with {thing}",

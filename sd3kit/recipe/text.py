@@ -177,13 +177,16 @@ class Text(torch.nn.Module):
             setattr(text, name, kind.from_pretrained(folder / name, use_safetensors=True).float())
         return text.eval().requires_grad_(False)
 
-    def longest(self, prompts: list[str]) -> tuple[int, int]:
-        """How many tokens the longest prompt has for the CLIPs and for the T5; at most 77 and 256."""
-        clip, t5 = (
-            max(map(len, tokenizer(prompts, truncation=True, max_length=most).input_ids))
-            for tokenizer, most in zip(self.tokenizers[::2], (CLIP_LENGTH, T5_LENGTH), strict=True)
-        )
-        return clip, t5
+    def tokens(self, prompts: list[str], clip_length: int, t5_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids for the CLIPs (N, clip_length) and for the T5 (N, t5_length); -1 where there is only padding."""
+        found = []
+        for tokenizer, length in zip(self.tokenizers[::2], (clip_length, t5_length), strict=True):
+            given = tokenizer(
+                prompts, padding="max_length", truncation=True, max_length=length, return_attention_mask=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            found.append(given.input_ids.masked_fill(given.attention_mask == 0, -1))
+        return found[0], found[1]
 
     def forward(
         self, prompts: list[str], clip_length: int, t5_length: int, keep: torch.Tensor
@@ -192,13 +195,13 @@ class Text(torch.nn.Module):
 
         `keep` is (N, 3), 1 or 0 for each encoder of each prompt: a dropped one is zeros, as where a pipeline has no T5.
         """
-        device = keep.device
-        ids = [
-            tokenizer(
-                prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-            ).input_ids.to(device)
-            for tokenizer, length in zip(self.tokenizers, (clip_length, clip_length, t5_length), strict=True)
-        ]
+        clip, t5 = self.tokens(prompts, clip_length, t5_length)
+        return self.encode(clip.to(keep.device), t5.to(keep.device), keep)
+
+    def encode(self, clip: torch.Tensor, t5: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` for ids as `tokens` gives them."""
+        pads = (tokenizer.pad_token_id for tokenizer in self.tokenizers)
+        ids = [torch.where(given < 0, pad, given) for given, pad in zip((clip, clip, t5), pads, strict=True)]
         first = self.text_encoder(ids[0], output_hidden_states=True)
         second = self.text_encoder_2(ids[1], output_hidden_states=True)
         third = self.text_encoder_3(ids[2])[0]

@@ -99,6 +99,26 @@ class Average:
             value.copy_(stored)
 
 
+class Guard:
+    """Goes back to the average, and to half the learning rates, when a loss rises: a GPU's minutes are dear."""
+
+    def __init__(self, average: Average):
+        self.average, self.slower, self.best = average, 1.0, math.inf
+
+    @torch.no_grad()
+    def watch(self, loss: float, *optimizers: torch.optim.Optimizer) -> None:
+        """Told the smoothed loss now and then."""
+        if loss < 1.5 * self.best:  # false also where it is not a number
+            self.best = min(self.best, loss)
+            return
+        self.slower /= 2
+        for value, parameter in zip(self.average.values, self.average.source, strict=True):
+            parameter.copy_(value)
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        print(f"the loss rose to {loss:.3f}: back to the average, at {self.slower:g} of the rates")
+
+
 class Budget:
     """Minutes to spend, whatever the machine does in them; iterating gives the part that is done, from 0 to 1.
 
