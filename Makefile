@@ -18,11 +18,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: lab app test test-shapes notebooks lint clean
 
-lab: $(VENV)/ready
-	$(PIP) install -q --no-deps -e .
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+# Learners work in copies without outputs, so that they guess before they see; a copy that is there is never replaced.
+LESSONS := $(notdir $(wildcard notebooks/[0-9]*.ipynb))
+MISSING = $(filter-out $(notdir $(wildcard notebooks/mine/*.ipynb)),$(LESSONS))
 
-app: $(VENV)/ready
+lab: $(VENV)/lab
+	$(PIP) install -q --no-deps -e .
+	$(if $(MISSING),$(BIN)/jupyter nbconvert --log-level WARN --to notebook --ClearOutputPreprocessor.enabled=True \
+	    --output-dir notebooks/mine $(addprefix notebooks/,$(MISSING)))
+	$(BIN)/jupyter lab notebooks/mine/00_start_here.ipynb
+
+app: $(VENV)/lab
 	$(PIP) install -q --no-deps -e .
 	$(BIN)/python -m sd3kit.explore
 
@@ -41,10 +47,15 @@ notebooks: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-$(VENV)/ready: pyproject.toml constraints.txt torch-cpu.txt
+# What a learner needs; the tests need more.
+$(VENV)/lab: pyproject.toml constraints.txt torch-cpu.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'sd3kit needs Python 3.11 to 3.13; set PYTHON=')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --retries 1 --no-deps -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt -e .[lab]
+	touch $@
+
+$(VENV)/ready: $(VENV)/lab
 	$(PIP) install -q -c constraints.txt -e .[dev]
 	touch $@
 

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of torch that wait sleep, and leave the cores to others
 SOURCE = "sd3kit @ git+https://github.com/{REPOSITORY}"
 if importlib.util.find_spec("sd3kit") is None:
     there = importlib.util.find_spec("torch") is not None

@@ -1,0 +1,74 @@
+"""Threads that wait must sleep: a drawing beside other work is a little slower, not forty times."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Two threads of torch that never rest, and that themselves sleep while they wait: the worst neighbour that was found.
+BUSY = """
+import torch
+a = torch.randn(700, 700)
+print("started", flush=True)
+while True:
+    a @ a
+"""
+DRAW = f"""
+import json, os, statistics, subprocess, sys, time
+import sd3kit
+from sd3kit import explore
+
+pipe = sd3kit.load("nano", quiet=True)
+
+
+def seconds():
+    start = time.perf_counter()
+    explore.text_to_image(pipe, "a fox on a blue background", steps=6)
+    return time.perf_counter() - start
+
+
+seconds()
+alone = statistics.median(seconds() for _ in range(3))
+busy = subprocess.Popen(
+    [sys.executable, "-c", {BUSY!r}], env=os.environ | {{"OMP_WAIT_POLICY": "PASSIVE"}}, stdout=subprocess.PIPE
+)
+try:
+    busy.stdout.readline()
+    beside = statistics.median(seconds() for _ in range(3))
+finally:
+    busy.kill()
+print(json.dumps([alone, beside]))
+"""
+
+
+def alone_and_beside(**policy: str) -> tuple[float, float]:
+    """Seconds of a short drawing by two threads, alone and beside two busy ones, in a process that sd3kit prepares."""
+    given = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_NUM_THREADS": "2"} | policy
+    run = subprocess.run([sys.executable, "-c", DRAW], env=given, capture_output=True, text=True, check=True)
+    alone, beside = json.loads(run.stdout.splitlines()[-1])
+    return alone, beside
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the neighbours were measured on Linux")
+def test_a_drawing_beside_busy_threads_takes_less_than_five_times_as_long():
+    alone, beside = alone_and_beside()
+    assert beside < 5 * alone, (alone, beside)
+
+
+def test_a_policy_that_was_set_stays(tmp_path):
+    code = "import os, sd3kit; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, kept in (("ACTIVE", "ACTIVE"), (None, "PASSIVE")):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        env |= {"OMP_WAIT_POLICY": given} if given else {}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == kept and run.stderr == ""
+
+
+def test_who_imports_torch_first_is_told_how():
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import torch, sd3kit"], env=env, capture_output=True, text=True, check=True
+    )
+    assert run.stderr.count("\n") == 1 and "Import sd3kit before torch" in run.stderr
