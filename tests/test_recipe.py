@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
 from sd3kit.recipe import art as art_module
-from sd3kit.recipe import autoencoder, evaluate, flow, reading, scenes, text, training
+from sd3kit.recipe import autoencoder, evaluate, flow, reading, scenes, text, training, turbo
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -177,3 +177,33 @@ def test_evaluate_measures_every_figure(pipe, judge):
         assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
     table = evaluate.table(record)
     assert "single, held out" in table and "seconds a picture" in table
+
+
+def test_turbo_s_levels_are_those_that_the_pipeline_steps_through(pipe):
+    for steps in (1, 2, 4):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(sigmas=turbo.sigmas(steps))
+        levels = turbo.levels(scheduler.shift, steps, 7)
+        torch.testing.assert_close(scheduler.sigmas, torch.cat([levels[:, 0], levels[-1:, -1]]))
+        torch.testing.assert_close(levels[1:, 0], levels[:-1, -1])
+
+
+def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path):
+    def run(minutes):
+        pipe = StableDiffusion3Pipeline.from_pretrained(NANO)
+        turbo.export(turbo.train(pipe, tmp_path, minutes, subjects=8, batch=2), tmp_path / "lora")
+        return torch.load(tmp_path / "turbo.pt", weights_only=True)["budget"]
+
+    first = run(0.01)
+    again = run(first["spent"] / 60 + 0.01)
+    assert again["steps"] > first["steps"] > 0
+    lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert lora.stat().st_size < 3e6
+    plain = StableDiffusion3Pipeline.from_pretrained(NANO)
+    drawn = {"num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16, "output_type": "latent"}
+    before, after = [], []
+    for found in (before, after):
+        found.append(plain("a fox", generator=torch.Generator().manual_seed(0), **drawn).images)
+        if found is before:
+            plain.load_lora_weights(lora.parent, weight_name=lora.name)
+    assert not torch.equal(before[0], after[0])

@@ -11,7 +11,7 @@ from .. import records
 from ..loading.device import pick_device
 from ..loading.names import NANO, LoadError
 from ..loading.pipeline import load
-from . import autoencoder, evaluate, flow, reading, scenes
+from . import autoencoder, evaluate, flow, reading, scenes, turbo
 from .art import Art, ArtError
 from .judge import TEMPLATES, Judge, save_templates
 from .text import Text
@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
     polish.add_argument("--minutes", type=float, default=10)
     polish.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    few = commands.add_parser("turbo", help="distil a LoRA that draws in four steps; run again to continue")
+    few.add_argument("--work", type=Path, default=cache, help="folder for checkpoints (%(default)s)")
+    few.add_argument("--out", type=Path, default=NANO.with_name("nano-turbo"), help="the LoRA's folder (%(default)s)")
+    few.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
+    few.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
     judge = commands.add_parser("evaluate", help="measure nano: each figure with its 95%% interval")
     judge.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
     judge.add_argument("--count", type=int, default=300, help="single subjects seen and held out (%(default)s)")
@@ -54,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return {"train": train, "polish": polish, "evaluate": judge, "sheets": sheets}[options.command](options)
+        run = {"train": train, "polish": polish, "turbo": distil, "evaluate": judge, "sheets": sheets}
+        return run[options.command](options)
     except (ArtError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -93,6 +99,13 @@ def polish(options: argparse.Namespace) -> int:
     vae = AutoencoderKL.from_pretrained(options.out / "vae", use_safetensors=True).float()
     vae = autoencoder.polish(art, vae, options.minutes, device=options.device)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
+    return 0
+
+
+def distil(options: argparse.Namespace) -> int:
+    options.work.mkdir(parents=True, exist_ok=True)
+    pipe = turbo.train(load(options.model), options.work, options.minutes, subjects=len(Judge().subjects))
+    turbo.export(pipe, options.out)
     return 0
 
 

@@ -177,6 +177,16 @@ class Text(torch.nn.Module):
             setattr(text, name, kind.from_pretrained(folder / name, use_safetensors=True).float())
         return text.eval().requires_grad_(False)
 
+    @classmethod
+    def of(cls, pipe) -> "Text":
+        """The encoders and tokenizers of a loaded pipeline, as they are."""
+        text = cls.__new__(cls)
+        torch.nn.Module.__init__(text)
+        text.tokenizers = (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)
+        text.text_encoder, text.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
+        text.text_encoder_3 = pipe.text_encoder_3
+        return text
+
     def tokens(self, prompts: list[str], clip_length: int, t5_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids for the CLIPs (N, clip_length) and for the T5 (N, t5_length); -1 where there is only padding."""
         found = []
