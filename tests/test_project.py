@@ -1,5 +1,6 @@
 """The project's own promises: what is installed, pinned and shipped."""
 
+import ast
 import os
 import re
 import tomllib
@@ -42,3 +43,62 @@ def test_readme_links_lead_somewhere():
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert local
     assert not [link for link in local if not (ROOT / link).exists()]
+
+
+# What is below knows nothing of what is above; files at the top that are not named here belong to `command`.
+LAYERS = (
+    ("errors", "files"), ("loading",), ("pictures", "records"), ("lesson",), ("recipe",), ("measuring",), ("study",),
+    ("explore",), ("dreambooth",), ("command", "teach"),
+)  # fmt: skip
+PACKAGE = Path(sd3kit.__file__).parent
+MOST = 4_500  # lines beside the recipe and the training command: the helper is thin
+LONGEST = {"dreambooth/train.py": 400}  # the training loop; every other file is read in one sitting
+
+
+def layer(name: str) -> int:
+    return next((i for i, names in enumerate(LAYERS) if name in names), len(LAYERS) - 1)
+
+
+def sources() -> list[tuple[str, str]]:
+    return [(p.relative_to(PACKAGE).as_posix(), p.read_text(encoding="utf-8")) for p in PACKAGE.rglob("*.py")]
+
+
+def test_imports_go_down():
+    upward, seen = [], 0
+    for path, text in sources():
+        parts = path.removesuffix(".py").split("/")
+        if path in ("__init__.py", "__main__.py"):
+            continue  # the front door: on first use, `load` and `fit`
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = parts[: len(parts) - node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                target = ".".join([*base, name]).split(".")[0]
+                if target == parts[0] or target.startswith("__"):
+                    continue
+                seen += 1
+                if layer(target) > layer(parts[0]):
+                    upward.append(f"{path} imports {target}")
+    assert seen > 50 and not upward, upward
+
+
+def test_the_helper_is_thin_and_its_files_are_short():
+    lengths = {path: text.count("\n") for path, text in sources()}
+    long = {path: n for path, n in lengths.items() if n > LONGEST.get(path, 300)}
+    assert not long
+    helper = {path: n for path, n in lengths.items() if path.split("/")[0] not in ("recipe", "dreambooth")}
+    assert sum(helper.values()) < MOST, sum(helper.values())
+
+
+def test_nano_s_folder_is_a_pipeline_and_its_card_without_a_machine_s_paths():
+    parts = {"scheduler", "transformer", "vae"} | {
+        f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")
+    }
+    nano = PACKAGE / "nano"
+    assert {path.name for path in nano.iterdir()} == parts | {"README.md", "model_index.json"}
+    for path in nano.rglob("*"):
+        if path.suffix in (".json", ".md", ".txt"):
+            text = path.read_text(encoding="utf-8")
+            assert "_name_or_path" not in text and not re.search(r"/(?:home|root|tmp|work|Users)/", text), path

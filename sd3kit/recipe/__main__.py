@@ -99,6 +99,7 @@ def polish(options: argparse.Namespace) -> int:
     vae = AutoencoderKL.from_pretrained(options.out / "vae", use_safetensors=True).float()
     vae = autoencoder.polish(art, vae, options.minutes, device=options.device)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
+    flow.tidy_configurations(options.out)
     return 0
 
 

@@ -216,19 +216,21 @@ def export(model: SD3Transformer2DModel, text: Text, vae: AutoencoderKL, folder:
         tokenizer_3=text.tokenizers[2],
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    load_as_float32(folder)
+    tidy_configurations(folder)
     for path in folder.glob("tokenizer*/tokenizer.json"):  # a third less without its spaces
         rows = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(rows, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
-def load_as_float32(folder: Path) -> None:
-    """Let the text encoders load in float32, as the other parts do when nobody names a precision.
+def tidy_configurations(folder: Path) -> None:
+    """Leave out where a part was once loaded from, and let the text encoders load in float32, as the other parts do.
 
     transformers loads in the precision that a configuration names, which is that of the saved file. The plain call of
     the pipeline would then join float16 text with a float32 transformer, and raise.
     """
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        path = folder / part / "config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    for path in folder.glob("*/config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        if path.parent.name.startswith("text_encoder"):
+            settings["dtype"] = "float32"
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
