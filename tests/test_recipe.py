@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -207,3 +208,15 @@ def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path):
         if found is before:
             plain.load_lora_weights(lora.parent, weight_name=lora.name)
     assert not torch.equal(before[0], after[0])
+
+
+def test_packed_art_is_the_subjects_art(art, tmp_path, monkeypatch):
+    known = scenes.SUBJECTS[: len(art) // len(scenes.STYLES)]
+    monkeypatch.setattr(art_module, "SUBJECTS", known)
+    whole = art_module.Art.__new__(art_module.Art)
+    whole.pixels, whole.keys = np.stack(art.pixels), [tuple(key) for key in art.keys]
+    whole._index = {key: i for i, key in enumerate(whole.keys)}
+    whole.pack(tmp_path)
+    packed = art_module.Art(tmp_path)
+    assert len(packed) == len(known) * len(scenes.STYLES)
+    assert np.array_equal(packed[known[5].icon, "flat"], art[known[5].icon, "flat"])

@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=400, help="for the flow, all runs together (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    pack = commands.add_parser("pack", help="write the subjects' art into a small folder, a --work for another machine")
+    pack.add_argument("folder", type=Path, help="where it goes")
+    pack.add_argument("--work", type=Path, default=cache, help="the folder of the sources (%(default)s)")
     polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
     polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
     polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
@@ -59,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
+        if options.command == "pack":
+            print(Art(options.work).pack(options.folder))
+            return 0
         run = {"train": train, "polish": polish, "turbo": distil, "evaluate": judge, "sheets": sheets}
         return run[options.command](options)
     except (ArtError, LoadError) as error:
