@@ -47,8 +47,8 @@ def test_readme_links_lead_somewhere():
 
 # What is below knows nothing of what is above; files at the top that are not named here belong to `command`.
 LAYERS = (
-    ("errors", "files"), ("loading",), ("pictures", "records"), ("lesson",), ("recipe",), ("measuring",), ("dreambooth",),
-    ("study",), ("explore",), ("command", "teach"),
+    ("errors", "files"), ("loading",), ("pictures", "records"), ("lesson",), ("recipe",), ("measuring",),
+    ("dreambooth",), ("study",), ("explore",), ("command", "teach"),
 )  # fmt: skip
 PACKAGE = Path(sd3kit.__file__).parent
 MOST = 4_500  # lines beside the recipe and the training command: the helper is thin
