@@ -12,6 +12,8 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("SD3KIT_MODEL", None)
+if os.environ.get("SD3KIT_DEVICE") == "pretend":
+    import pretend_device  # noqa: F401  torch knows the device from here on
 
 
 def pytest_collection_modifyitems(items):
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(
                 pytest.mark.skip(reason="needs the Hugging Face Hub: set SD3KIT_TEST_HUB=1 where there is one")
             )
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where tests run that are about no device of their own: this machine's, or what SD3KIT_DEVICE says."""
+    from sd3kit.loading.device import pick_device
+
+    return pick_device()
 
 
 @pytest.fixture(scope="session")

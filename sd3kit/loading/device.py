@@ -9,7 +9,9 @@ from .names import NANO
 
 
 def pick_device() -> str:
-    """The fastest device of this machine: cuda, mps or cpu."""
+    """The device that the environment variable SD3KIT_DEVICE names, or the fastest of this machine: cuda, mps, cpu."""
+    if named := os.environ.get("SD3KIT_DEVICE"):
+        return named
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

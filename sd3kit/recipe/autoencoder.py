@@ -72,11 +72,15 @@ def _patches(pictures: torch.Tensor) -> torch.Tensor:
 
 def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each picture (N, 3, H, W) in -1..1, encoded to the mode and decoded."""
-    with torch.no_grad():
-        copies = torch.cat(
-            [vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1) for x in pictures.split(16)]
-        )
-    return 10 * torch.log10(4 / (pictures - copies).square().mean((1, 2, 3)))
+    error = pictures - copied(vae, pictures).clamp(-1, 1)
+    return 10 * torch.log10(4 / error.square().mean((1, 2, 3)))
+
+
+@torch.no_grad()
+def copied(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """The pictures (N, 3, H, W) encoded to the mode and decoded, so many at a time; they stay on their device."""
+    parts = (part.to(vae.device) for part in pictures.split(batch))
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.to(pictures.device) for part in parts])
 
 
 class Crops:

@@ -113,7 +113,7 @@ def ask(kind: str, count: int, subjects: list[scenes.Subject], held_out: bool, s
 
 def floors(judge: Judge, art: Art, vae, count: int) -> dict[str, dict]:
     """The judge's own score on real renders, on the autoencoder's copies of them, and on shuffled prompts."""
-    from .autoencoder import psnr
+    from .autoencoder import copied, psnr
 
     rng, record = random.Random(5), {}
     for kind in KINDS:
@@ -121,11 +121,7 @@ def floors(judge: Judge, art: Art, vae, count: int) -> dict[str, dict]:
         arrays = [draw(scene, art, rng) for scene in asked]
         tensors = to_tensor(arrays)
         real = [Image.fromarray(a.round().astype(np.uint8)) for a in arrays]
-        with torch.no_grad():
-            decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in tensors.split(25)])
-        copies = [
-            Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for x in decoded
-        ]
+        copies = [show.to_image(x) for x in copied(vae, tensors)]
         record[kind] = {
             "real renders": tally(judge, real, asked),
             "autoencoder's copies": tally(judge, copies, asked),

@@ -159,7 +159,7 @@ def decided(row: dict, count: int = 20) -> dict:
 def overlap(heat: torch.Tensor, mask: np.ndarray) -> float:
     """Intersection over union of a map (rows, columns), scaled up and cut at its mean, and the true mask (H, W)."""
     large = torch.nn.functional.interpolate(heat[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0]
-    cut = (large > large.mean()).numpy()
+    cut = (large > large.mean()).cpu().numpy()
     return float((cut & mask).sum() / max(1, (cut | mask).sum()))
 
 

@@ -1,7 +1,8 @@
 """Studies of how a small MMDiT learns: timestep samplers, faults of training scripts, QK-norm.
 
 The model, its data and its loss are those of lesson 03: eight subjects on four backgrounds, 64 px, nano's autoencoder
-and text encoders fixed. A run is a number of steps, not of seconds, so that it gives the same on any machine.
+and text encoders fixed. A run is a number of steps, not of seconds, and its random numbers are the processor's, so that
+it gives the same on any machine.
 """
 
 import functools
@@ -83,7 +84,7 @@ def data() -> dict[str, torch.Tensor]:
             captions.append(f"{'an' if name[0] in 'aeiou' else 'a'} {name} on a {colour} background, flat")
     with torch.no_grad():
         x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-        latents = pipe.vae.encode(x).latent_dist.mode() * pipe.vae.config.scaling_factor
+        latents = pipe.vae.encode(x.to(pipe.device)).latent_dist.mode() * pipe.vae.config.scaling_factor
         text, _, pooled, _ = pipe.encode_prompt(
             captions, None, None, do_classifier_free_guidance=False, max_sequence_length=16
         )
@@ -96,7 +97,7 @@ def model(qk_norm: str | None = "rms_norm") -> SD3Transformer2DModel:
         sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=given["text"].shape[-1], caption_projection_dim=128,
         pooled_projection_dim=given["pooled"].shape[-1], pos_embed_max_size=8, qk_norm=qk_norm,
-    )  # fmt: skip
+    ).to(given["latents"].device)  # fmt: skip
 
 
 def train(
@@ -116,8 +117,8 @@ def train(
     for _ in range(steps):
         i = torch.randint(len(latents), (BATCH,))
         words = i[torch.randperm(BATCH)] if fault == "captions shuffled apart" else i
-        x0, noise = latents[i], torch.randn_like(latents[i])
-        sigma = sampler(BATCH)[:, None, None, None]
+        x0 = latents[i]
+        noise, sigma = torch.randn(x0.shape).to(x0), sampler(BATCH)[:, None, None, None].to(x0)
         x = (1 - sigma) * x0 + sigma * noise
         v = network(x, given["text"][words], given["pooled"][words], 1000 * sigma.flatten()).sample
         error = (v - (noise - x0)).square()
@@ -134,12 +135,18 @@ def train(
     return losses
 
 
+def fixed_noise() -> torch.Tensor:
+    """The same noise for each of the 32 latents, whatever the seed of a row."""
+    latents = data()["latents"]
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
+
+
 @torch.no_grad()
 def distance(network: SD3Transformer2DModel, steps: int) -> float:
     """How far 32 drawn latents, one a caption, are from the 32 true ones: the root of the mean square; 0 is perfect."""
     given = data()
-    x = torch.randn(given["latents"].shape, generator=torch.Generator().manual_seed(1))
-    grid = torch.linspace(1, 0, steps + 1)
+    x = fixed_noise()
+    grid = torch.linspace(1, 0, steps + 1).to(x)
     for sigma, following in itertools.pairwise(grid):
         v = network(x, given["text"], given["pooled"], 1000 * sigma.expand(len(x))).sample
         x = x + (following - sigma) * v
@@ -169,10 +176,9 @@ def qk_norm(row: dict, steps: int = 200) -> dict:
     """The largest attention logit, before the softmax, after training at a rate; and the last loss."""
     network = seeded(row, row["qk_norm"])
     losses = train(network, rate=row["rate"], steps=steps)
-    given = data()
-    noise = torch.randn(given["latents"].shape, generator=torch.Generator().manual_seed(1))
+    given, noise = data(), fixed_noise()
     with torch.no_grad(), attention.opened(network) as processors:
-        network((given["latents"] + noise) / 2, given["text"], given["pooled"], torch.full((32,), 500.0))
+        network((given["latents"] + noise) / 2, given["text"], given["pooled"], torch.full((32,), 500.0).to(noise))
         logits = [processor.largest_logit for processor in processors]
     return {"largest logit": max(logits), "loss": float(np.mean(losses[-20:]))}
 

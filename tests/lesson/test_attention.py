@@ -1,4 +1,7 @@
-"""Attention in the open: the same pictures as diffusers' own processor, and maps that mean what they say."""
+"""Attention in the open: the same pictures as diffusers' own processor, and maps that mean what they say.
+
+The two tests of small random models compare almost to the last digit: they run on the CPU on every machine.
+"""
 
 import pytest
 import torch
@@ -93,9 +96,10 @@ def test_a_word_is_looked_for_as_a_whole(pipe):
 
 def test_with_a_reduction_the_full_weights_are_not_kept(pipe):
     config = pipe.transformer.config
-    text, pooled = torch.randn(1, 117, config.joint_attention_dim), torch.randn(1, config.pooled_projection_dim)
+    widths = (16, 8, 8), (117, config.joint_attention_dim), (config.pooled_projection_dim,)
+    picture, text, pooled = (torch.randn(1, *width, device=pipe.device) for width in widths)
     with torch.no_grad(), attention.opened(pipe.transformer, lambda weights, outputs: weights.sum()) as processors:
-        pipe.transformer(torch.randn(1, 16, 8, 8), text, pooled, torch.tensor([500.0]))
+        pipe.transformer(picture, text, pooled, torch.tensor([500.0], device=pipe.device))
     for processor in processors:
         assert processor.kept.numel() == 1 and not hasattr(processor, "weights") and not hasattr(processor, "outputs")
 
