@@ -2,6 +2,8 @@
 # make app    the quick-try page in a browser, for this machine only
 # make test   set up, run every test and execute every notebook from the installed wheel
 # make test-shapes   every lesson on small random models with the structure of SD3 Medium and 3.5 Medium
+# make test-gpu   on a GPU: every notebook with nano, then with the model that is set (SD3KIT_MODEL; where none is, SD3
+#                 Medium at true size with random weights); build/lessons/table.md says what each took
 # make notebooks   execute the lessons and store their outputs
 # make lint   what pre-commit checks
 PYTHON ?= python3
@@ -16,7 +18,7 @@ SPREAD := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loa
 # Threads that wait must not spin, see sd3kit/__init__.py; what is set already stays.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab app test test-shapes notebooks lint clean
+.PHONY: lab app test test-shapes test-gpu notebooks lint clean
 
 # Learners work in copies without outputs, so that they guess before they see; a copy that is there is never replaced.
 LESSONS := $(notdir $(wildcard notebooks/[0-9]*.ipynb))
@@ -39,6 +41,10 @@ test: $(VENV)/ready
 test-shapes: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .
 	SD3KIT_TEST_SHAPES=1 $(SPREAD) tests/test_shapes.py $(PYTEST)
+
+test-gpu: $(VENV)/ready
+	$(PIP) install -q --no-deps --force-reinstall .
+	$(BIN)/python tests/lessons.py --survey build/lessons $(NUMBERS)
 
 notebooks: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .

@@ -1,8 +1,18 @@
-"""Run lessons: execute and stamp them (`python tests/lessons.py [00 01 ...]`), and what their tests share."""
+"""Run lessons: execute and stamp them (`python tests/lessons.py [00 01 ...]`), and what their tests share.
 
+With `--survey` they are not stored but tried, as `make test-gpu` does: with nano, then with the model that is set.
+"""
+
+import argparse
 import hashlib
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -64,12 +74,84 @@ def without_widgets(notebook: nbformat.NotebookNode) -> None:
                     output.data = {"text/plain": "An explorer: run this cell to use it."}
 
 
-def main(numbers: list[str]) -> None:
-    import tempfile
+class GpuMemory:
+    """The most memory that the first NVIDIA GPU had in use while this lasted, in `peak` (GiB), asked twice a second.
 
-    for path in LESSONS:
-        if numbers and path.name[:2] not in numbers:
-            continue
+    It is that of all processes; torch keeps what it once had, so a short peak is seen too. None without such a GPU.
+    """
+
+    def __enter__(self):
+        self.peak, self.ended, self.watch = None, threading.Event(), threading.Thread(target=self._watch)
+        self.watch.start()
+        return self
+
+    def _watch(self) -> None:
+        question = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while shutil.which(question[0]) and not self.ended.is_set():
+            answer = subprocess.run(question, capture_output=True, text=True).stdout.strip()
+            if answer.isdigit():  # MiB
+                self.peak = max(self.peak or 0.0, int(answer) / 1024)
+            self.ended.wait(0.5)
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.watch.join()
+
+
+def models() -> list[tuple[str, dict[str, str]]]:
+    """What a survey tries, each with the environment that chooses it: nano, then what SD3KIT_MODEL and SD3KIT_WEIGHTS
+    say, or where they say nothing SD3 Medium at its true size with random weights, which needs no download."""
+    nano = {"SD3KIT_MODEL": "nano", "SD3KIT_WEIGHTS": ""}
+    if not (model := os.environ.get("SD3KIT_MODEL")):
+        return [("nano", nano), ("medium, random weights", {"SD3KIT_MODEL": "medium", "SD3KIT_WEIGHTS": "random"})]
+    weights = os.environ.get("SD3KIT_WEIGHTS", "")
+    chosen = (model + f", {weights} weights" * bool(weights), {"SD3KIT_MODEL": model, "SD3KIT_WEIGHTS": weights})
+    return [("nano", nano)] + [chosen] * (model != "nano")
+
+
+def survey(numbers: list[str], out: Path, timeout: int) -> int:
+    """Run lessons by nbmake with each of `models`; what each took is in `out`/table.md, written after every lesson.
+
+    The executed copies are kept beside it, in a folder for each model. Returns how many lessons failed.
+    """
+    from sd3kit import records
+    from sd3kit.loading.device import pick_device
+
+    stamp, rows, failed = records.stamp("make test-gpu"), [], 0
+    head = f"{stamp['date']}, {stamp['device']}, on {pick_device()}, " + ", ".join(
+        f"{name} {version}" for name, version in stamp["versions"].items()
+    )
+    table = ["| lesson | model | minutes | peak GPU memory, GiB | |", "|---|---|---|---|---|"]
+    for place, (model, environment) in enumerate(models()):
+        folder = out / f"{place} {model}".replace(" ", "_").replace(",", "").replace("/", "_")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in chosen(numbers):
+            copy = shutil.copy(path, folder)
+            nbmake = [sys.executable, "-m", "pytest", "-q", "--nbmake", f"--nbmake-timeout={timeout}", "--overwrite"]
+            began = time.monotonic()
+            with GpuMemory() as memory:
+                done = subprocess.run(
+                    [*nbmake, "-p", "no:cacheprovider", f"--rootdir={folder}", Path(copy).name],
+                    cwd=folder, env=os.environ | environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+            minutes, peak = (time.monotonic() - began) / 60, "" if memory.peak is None else f"{memory.peak:.1f}"
+            said = "" if done.returncode == 0 else "failed"
+            rows.append(f"| {path.stem} | {model} | {minutes:.1f} | {peak} | {said} |")
+            failed += bool(said)
+            print(rows[-1], *([done.stdout[-4000:]] if said else []), sep="\n", flush=True)
+            (out / "table.md").write_text("\n".join([head + ".", "", *table, *rows, ""]), encoding="utf-8")
+    return failed
+
+
+def chosen(numbers: list[str]) -> list[Path]:
+    return [path for path in LESSONS if not numbers or path.name[:2] in numbers]
+
+
+def store(numbers: list[str]) -> None:
+    """Execute lessons where they are, and write their outputs and their stamp into them."""
+    for path in chosen(numbers):
         notebook = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as folder:
             run(notebook, Path(folder))
@@ -83,5 +165,20 @@ def main(numbers: list[str]) -> None:
         print(path.name)
 
 
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "numbers", nargs="*", metavar="NUMBER", help="of lessons, such as 00 01; all where none is given"
+    )
+    parser.add_argument(
+        "--survey", type=Path, metavar="FOLDER", help="try them and write a table there; none is changed"
+    )
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for a cell of a survey (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.survey is None:
+        return store(options.numbers) or 0
+    return 1 if survey(options.numbers, options.survey.absolute(), options.timeout) else 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

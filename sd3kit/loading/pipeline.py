@@ -22,7 +22,7 @@ def load(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    weights: str = "trained",
+    weights: str | None = None,
     quiet: bool = False,
     **kwargs: Any,
 ):
@@ -33,7 +33,8 @@ def load(
         device: "cuda", "mps", "cpu"; None picks the fastest.
         dtype: None picks what suits the model and the device.
         weights: "trained", or "random" to build a model of `MODELS` at its true size with no download, for measuring
-            speed and memory; what it draws is noise.
+            speed and memory; what it draws is noise. None is the environment variable SD3KIT_WEIGHTS for the models of
+            the Hub (nano needs no download), or "trained".
         quiet: do not print the line that says what was picked and why.
         **kwargs: passed on to `StableDiffusion3Pipeline.from_pretrained`, such as `text_encoder_3=None,
             tokenizer_3=None`. Without weights in safetensors nothing is loaded: a pickle is never opened.
@@ -42,9 +43,11 @@ def load(
         LoadError: whatever goes wrong, in one sentence with the next step.
         ValueError: `weights` is neither of the two.
     """
+    name = os.fspath(model or os.environ.get("SD3KIT_MODEL") or "nano")
+    if weights is None:
+        weights = (name in configs.HUB and os.environ.get("SD3KIT_WEIGHTS")) or "trained"
     if weights not in ("trained", "random"):
         raise ValueError(f'weights must be "trained" or "random", not {weights!r}.')
-    name = os.fspath(model or os.environ.get("SD3KIT_MODEL") or "nano")
     source = resolve(name)
     device = device or pick_device()
     picked, reason = pick_dtype(name, device)
