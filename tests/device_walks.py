@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sd3kit import explore
 from sd3kit.lesson import attention, show
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import autoencoder, evaluate, flow, pool, reading, scenes, text
+from sd3kit.recipe.judge import Judge
 from sd3kit.study import drawing, training
 
 QUICK = {"num_inference_steps": 2, "width": 64, "height": 64}
@@ -135,8 +137,8 @@ def test_explore(pipe):
     assert len(seen) == 2 and seen[0].latents.shape == (1, 16, 8, 8)
 
 
-def test_evaluate(pipe, judge, art):
-    assert set(evaluate.floors(judge, art, pipe.vae, 2)) >= set(evaluate.KINDS)
+def test_evaluate(pipe, art):
+    assert set(evaluate.floors(Judge(8), art, pipe.vae, 2)) >= set(evaluate.KINDS)
     pictures = torch.zeros(2, 3, 64, 64)
     assert autoencoder.psnr(pipe.vae, pictures).device == pictures.device
     show.to_image(autoencoder.copied(pipe.vae, pictures.to(pipe.device))[0])
@@ -150,6 +152,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(scenes, "SUBJECTS", scenes.SUBJECTS[:4])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)  # one process draws, as on a GPU
     monkeypatch.setattr(pool.Pool, "renew", lambda self, times=1, renew=pool.Pool.renew: renew(self, 1))
+    for tokenizer in NANO.glob("tokenizer*"):  # which are trained where they are not
+        shutil.copytree(tokenizer, tmp_path / tokenizer.name)
     return AutoencoderKL(**autoencoder.CONFIG), text.Text(tmp_path)
 
 
@@ -174,15 +178,15 @@ def test_recipe_autoencoder(art, device, tmp_path, monkeypatch):
     autoencoder.polish(art, vae, 1e-6, device=device, batch=2)
 
 
-def test_studies(monkeypatch):
+def test_studies(pipe, monkeypatch):
+    monkeypatch.setattr(training, "tools", lambda: (pipe, None))
+    monkeypatch.setattr(training, "BATCH", 4)
     network = training.seeded({"seed": 0})
     for fault in training.FAULTS:
         training.train(network, fault=fault, steps=1)
     assert training.distance(network, 1) > 0
     assert training.qk_norm({"seed": 0, "qk_norm": "rms_norm", "rate": 1e-3}, steps=1)["largest logit"] > 0
-    settings = {"num_inference_steps": 1}
-    pipe, _ = drawing.tools()
-    assert len(drawing.draw_encoded(pipe, [PROMPT], "1", **settings)) == 1
+    assert len(drawing.draw_encoded(pipe, [PROMPT], "1", **QUICK)) == 1
     assert drawing.overlap(torch.rand(8, 8, device=pipe.device), np.ones((128, 128), bool)) > 0
 
 
