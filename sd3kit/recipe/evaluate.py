@@ -187,9 +187,10 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     for title, figures in record["figures"].items():
         found += of(title, figures)
     found += of("the announcement's prompt, within two letters", {"text": record["announcement"]})
-    found += of("single, held out, all of it right, by guidance scale", record["guidance"])
+    found += of("single, held out, all of it right, by guidance scale", record.get("guidance", {}))
     floors_of = dict(record.get("floors", {}))
-    distance = {"drawn, held out": record["distance"]} | floors_of.pop("distance", {})
+    drawn = {"drawn, held out": record["distance"]} if "distance" in record else {}  # older records have none
+    distance = drawn | floors_of.pop("distance", {})
     for title, figures in distance.items():
         spread = f"90th percentile {figures['90th percentile']:.1f}, n = {figures['n']}"
         found.append((f"single, {title}: median distance to the art, in levels", f"{figures['median']:.1f}", spread))
