@@ -101,7 +101,7 @@ def _settings(options: argparse.Namespace) -> dict:
 def _one(options: argparse.Namespace, prompt: str) -> None:
     from tqdm.auto import tqdm
 
-    from ..explore.drawing import text_to_image
+    from ..explore import text_to_image
     from ..loading.pipeline import load
 
     path = options.output or Path("sd3kit.png")
@@ -126,7 +126,7 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
 def _many(options: argparse.Namespace, prompts: list[str]) -> None:
     from tqdm.auto import tqdm
 
-    from ..explore.drawing import text_to_image
+    from ..explore import text_to_image
     from ..loading.device import processes
     from ..loading.pipeline import load
 
@@ -165,7 +165,7 @@ def _many(options: argparse.Namespace, prompts: list[str]) -> None:
 
 def _same(path: Path, asked: dict) -> None:
     """Refuse a folder whose pictures were drawn with other settings: it would hold a mixture."""
-    from ..explore.drawing import from_png
+    from ..explore import from_png
 
     try:
         stored = from_png(path)

@@ -1,39 +1,27 @@
 """Explorers: turn a knob and see SD3 answer, in widgets or by plain functions that return the picture and the data.
 
-Functions (`drawing`) need no widgets: `text_to_image`, `image_to_image`, `inpaint`, `schedule`, `attention`, `lora`,
-`encoders`; `from_png` brings back the settings that are stored in a picture. Each has an explorer of the same name in
-capitals, made of core ipywidgets: `TextToImage(pipe)` as the last line of a cell shows it. `python -m sd3kit.explore`
-serves the first two as a page.
+Each subject is a file with its function and its explorer, which has the same name in capitals: `TextToImage(pipe)` as
+the last line of a cell shows it. Functions need no widgets. `drawing` draws, `drawn` is what comes out (`from_png`
+brings back the settings that are stored in a picture), `explorer` is what all explorers share. `python -m
+sd3kit.explore` serves two of them as a page. Start with `text.py`.
 """
 
-import importlib
-from typing import Any
-
-from .drawing import (
-    Drawn,
-    Step,
-    Stopped,
-    attention,
-    curve,
-    encoders,
-    from_png,
-    heat,
-    image_to_image,
-    inpaint,
-    latent_to_rgb,
-    lora,
-    mask,
-    schedule,
-    sigmas,
-    text_to_image,
-)
-
-_EXPLORERS = ("Attention", "Encoders", "ImageToImage", "Lora", "Schedule", "TextToImage", "page")
+from .adapters import Lora, lora, lora_layout
+from .drawing import Step, Stopped, latent_to_rgb
+from .drawn import Drawn, from_png
+from .encoding import Encoders, encoders
+from .explorer import Explorer
+from .image import ImageToImage, image_to_image, inpaint, mask
+from .quick import page
+from .shift import Schedule, curve, schedule, sigmas
+from .text import TextToImage, text_to_image
+from .words import Attention, attention, heat
 
 __all__ = [
     "Attention",
     "Drawn",
     "Encoders",
+    "Explorer",
     "ImageToImage",
     "Lora",
     "Schedule",
@@ -49,24 +37,10 @@ __all__ = [
     "inpaint",
     "latent_to_rgb",
     "lora",
+    "lora_layout",
     "mask",
     "page",
     "schedule",
     "sigmas",
     "text_to_image",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The explorers, imported when first asked for: the functions work where ipywidgets is not installed."""
-    if name not in _EXPLORERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(".explorers", __name__)
-    except ModuleNotFoundError as error:
-        if error.name != "ipywidgets":
-            raise
-        raise ImportError(
-            f"{name} needs ipywidgets: pip install 'sd3kit[lab]', or use the function of the same name."
-        ) from error
-    return getattr(module, name)

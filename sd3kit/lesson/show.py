@@ -14,6 +14,14 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
 )  # fmt: skip
 
 
+def img(png: bytes, alt: str, width: int) -> str:
+    """An `<img>` of a PNG with its alternative text, `width` pixels wide where there is room."""
+    return (
+        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(alt, quote=True)}" '
+        f'width="{width}" style="max-width:100%;height:auto">'
+    )
+
+
 class Picture:
     """A picture that a notebook shows with an alternative text; `image` is the PIL image."""
 
@@ -23,12 +31,7 @@ class Picture:
     def _repr_html_(self) -> str:
         data = io.BytesIO()
         self.image.save(data, "PNG", optimize=True)
-        encoded = base64.b64encode(data.getvalue()).decode()
-        width = min(self.image.width, 960)
-        return (
-            f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(self.alt, quote=True)}" '
-            f'width="{width}" style="max-width:100%;height:auto">'
-        )
+        return img(data.getvalue(), self.alt, min(self.image.width, 960))
 
     def __repr__(self) -> str:
         return f"Picture({self.alt!r})"

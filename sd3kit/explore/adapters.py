@@ -1,0 +1,145 @@
+"""LoRA: the function, its explorer, and what files of other trainers are."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .drawing import number, turn
+from .drawn import Drawn
+from .explorer import Explorer
+from .text import text_to_image
+
+# What the keys of a LoRA file begin with, whose layout that is, and what to do with it; the first that fits counts.
+LAYOUTS = (
+    (("transformer.", "text_encoder.", "text_encoder_2."), "diffusers", "load it with pipe.load_lora_weights(file)."),
+    (
+        ("diffusion_model.transformer_blocks", "diffusion_model.pos_embed", "diffusion_model.proj_out"),
+        "ComfyUI over diffusers' names",
+        'begin its keys with "transformer." in place of "diffusion_model." and give load_lora_weights the dictionary.',
+    ),
+    (
+        ("diffusion_model.joint_blocks", "lora_unet_joint_blocks", "lora_te", "lora_unet_", "lycoris_"),
+        "kohya's sd-scripts or ComfyUI, over the names of Stability's own code",
+        "diffusers passes it over without a word, as its q, k and v are one matrix; use it in ComfyUI, or ask for a "
+        "file in diffusers' layout.",
+    ),
+    (
+        ("base_model.model.",),
+        "peft's own save_pretrained",
+        'begin its keys with "transformer." in place of "base_model.model." and give load_lora_weights the dictionary.',
+    ),
+    (
+        ("transformer_blocks.",),
+        "a bare transformer",
+        "call pipe.transformer.load_lora_adapter(file, prefix=None).",
+    ),
+)
+
+
+def lora_layout(source: str | os.PathLike | Iterable[str]) -> str:
+    """Whose layout a LoRA's keys have, and what to do with it, in one sentence.
+
+    diffusers loads what it does not know as no adapter at all, without an error.
+
+    Args:
+        source: a .safetensors file, or the keys.
+
+    Raises:
+        ValueError: not a safetensors file. OSError: it cannot be read.
+    """
+    if isinstance(source, str | os.PathLike):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(source, "pt") as file:
+                source = list(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{source} is no safetensors file, or a damaged one: get it again.") from error
+    keys = list(source)
+    if not any(part in key for key in keys for part in ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.")):
+        return "These are no keys of a LoRA: it may be a whole model, or another kind of adapter."
+    for starts, whose, what in LAYOUTS:
+        if any(key.startswith(starts) for key in keys):
+            return f"The layout of {whose}: {what}"
+    return f"An unknown layout, with keys such as {keys[0]!r}: ask its maker for a file in diffusers' layout."
+
+
+def adapters(pipe) -> list[str]:
+    """The names of the LoRA adapters that are loaded, in order."""
+    return sorted({name for names in pipe.get_list_adapters().values() for name in names})
+
+
+@contextlib.contextmanager
+def _scaled(pipe, scales: Mapping[str, float]) -> Iterator[None]:
+    """The adapters at these scales while this lasts; then as they were.
+
+    Raises:
+        ValueError: one is fused into the weights, where scales have no effect.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("The LoRA is fused into the weights, where scales do nothing: call pipe.unfuse_lora() first.")
+    before = [(layer, dict(layer.scaling), list(layer.active_adapters)) for layer in layers]
+    learning = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
+    try:
+        pipe.set_adapters(list(scales), list(scales.values()))
+        yield
+    finally:
+        for layer, scaling, active in before:
+            layer.scaling.update(scaling)
+            layer.set_adapter(active)
+        for weight, was in learning:  # set_adapter turns gradients on and off
+            weight.requires_grad_(was)
+
+
+def lora(pipe, prompt: str, scales: Mapping[str, float] | None = None, **settings: Any) -> Drawn:
+    """Draw with LoRA adapters at scales of one's choice; 0 is without.
+
+    Args:
+        scales: a scale, -2 to 2, for each adapter to use; None is 1 for all that are loaded.
+        pipe, prompt, **settings: as in `text_to_image`.
+
+    Raises:
+        ValueError: no adapter is loaded, one is fused, an unknown name, or a scale out of range. Stopped: as in
+            `text_to_image`.
+    """
+    there = adapters(pipe)
+    if not there:
+        raise ValueError(
+            'No LoRA is loaded: call pipe.load_lora_weights(folder, adapter_name="dog") first; if you did, '
+            "sd3kit.explore.lora_layout(file) says what its keys are."
+        )
+    scales = dict.fromkeys(there, 1.0) if scales is None else dict(scales)
+    if not scales or (unknown := scales.keys() - there):
+        given = f"no adapter {sorted(unknown)[0]!r}" if scales else "no scale"
+        raise ValueError(f"There is {given}: use some of {', '.join(there)}.")
+    scales = {name: number(f"the scale of {name}", scale, -2, 2) for name, scale in scales.items()}
+    with turn(pipe, settings.get("stop")), _scaled(pipe, scales):
+        drawn = text_to_image(pipe, prompt, **settings)
+    drawn.settings["scales"] = scales
+    return drawn
+
+
+class Lora(Explorer):
+    """LoRA: a scale for each adapter that is loaded."""
+
+    title = "LoRA"
+
+    def own(self):
+        self.scales = {
+            name: self.ui.control("FloatSlider", name, value=1.0, min=-2.0, max=2.0, step=0.1)
+            for name in adapters(self.pipe)
+        }
+        self.inputs |= {f"scale of {name}": one for name, one in self.scales.items()}
+        return list(self.scales.values())
+
+    def draw(self, settings, watch, stop):
+        settings = dict(settings)
+        scales = {name: settings.pop(f"scale of {name}") for name in self.scales}
+        return lora(self.pipe, scales=scales, watch=watch, stop=stop, **settings)

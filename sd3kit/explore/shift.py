@@ -1,0 +1,102 @@
+"""Shift and sigma schedule: the functions and their explorer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..lesson import show
+from .drawing import LIMITS, Step, Watch, filled, latent_to_rgb, number, scheduler_of
+from .drawn import Drawn
+from .explorer import Explorer
+from .text import text_to_image
+
+
+def sigmas(pipe, steps: int, shift: float) -> torch.Tensor:
+    """The noise levels (steps + 1,) from near 1 down to 0, as the pipeline's scheduler sets them."""
+    scheduler = scheduler_of(pipe, number("shift", shift, *LIMITS["shift"]))
+    scheduler.set_timesteps(number("steps", steps, *LIMITS["steps"]))
+    return scheduler.sigmas.cpu()
+
+
+def schedule(pipe, prompt: str, *, watch: Watch | None = None, look: Callable | None = None, **settings: Any) -> Drawn:
+    """Draw with a shift, and keep what the picture looked like at each step.
+
+    Args:
+        pipe, prompt, watch, **settings: as in `text_to_image`.
+        look: the map of `latent_to_rgb`, where there is one already.
+
+    Returns:
+        A `Drawn` whose data has `sigmas` (steps + 1,) and `previews`, one for each step that was run.
+
+    Raises:
+        ValueError, Stopped: as in `text_to_image`.
+    """
+    stop = settings.pop("stop", None)
+    if "shift" not in filled(pipe, prompt, settings):  # checked before the wait for another drawing
+        raise ValueError(f"The pipeline's {type(pipe.scheduler).__name__} has no shift to look at.")
+    previews, look = [], look or latent_to_rgb(pipe, stop)
+
+    def keep(step: Step) -> None:
+        previews.append(look(step.latents))
+        if watch is not None:
+            watch(step)
+
+    drawn = text_to_image(pipe, prompt, watch=keep, stop=stop, **settings)
+    levels = sigmas(pipe, drawn.settings["steps"], drawn.settings["shift"])
+    drawn.data |= {"sigmas": levels, "previews": previews}
+    return drawn
+
+
+def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = (), columns: int = 8) -> show.Picture:
+    """The sigmas (steps + 1,) over the steps beside those without shift, and under them previews of some steps."""
+    from matplotlib.figure import Figure  # not pyplot, which is not made for threads
+
+    steps = len(levels) - 1
+    figure = Figure(figsize=(7, 4.2 if previews else 2.8), layout="constrained")
+    grid = figure.add_gridspec(2 if previews else 1, columns, height_ratios=[2.4, 1] if previews else [1])
+    axis = figure.add_subplot(grid[0, :])
+    axis.plot(range(steps + 1), levels, "o-", color=show.BLUE, markersize=4, label=f"shift {shift:g}")
+    plain = levels / (shift - (shift - 1) * levels)  # the shift's inverse
+    axis.plot(range(steps + 1), plain, "--", color=show.ORANGE, label="no shift")
+    above = int((levels[:-1] > 0.5).sum())
+    title = f"Shift {shift:g}: {above} of {steps} steps start above sigma 0.5"
+    axis.set(xlabel="step", ylabel="sigma", ylim=(-0.03, 1.03), title=title)
+    axis.legend()
+    chosen = sorted({round(i) for i in np.linspace(0, len(previews) - 1, min(columns, len(previews)))})
+    for column, index in enumerate(chosen):
+        small = figure.add_subplot(grid[1, column])
+        small.imshow(previews[index])
+        small.set(xticks=[], yticks=[])
+        small.set_xlabel(f"step {index + 1}\nσ {float(levels[index + 1]):.2f}", fontsize=8)
+    return show.figure(figure, f"Sigma over {steps} steps. {title}")
+
+
+class Schedule(Explorer):
+    """Shift and sigma schedule: the curve follows the sliders at once, the pictures under it as they are drawn."""
+
+    title = "Shift and schedule"
+    in_view = ("seed", "steps", "shift")
+
+    def own(self):
+        if "shift" not in self.inputs:
+            raise ValueError(f"The pipeline's {type(self.pipe.scheduler).__name__} has no shift to look at.")
+        self.inputs["steps"].value = 14
+        self._curve = {}  # of the sliders, which is slow to draw
+        return []
+
+    def draw(self, settings, watch, stop):
+        drawn = schedule(self.pipe, watch=watch, stop=stop, look=self.look(), **settings)
+        picture = curve(drawn.data["sigmas"], drawn.settings["shift"], drawn.data["previews"])
+        drawn.data["curve"] = picture._repr_html_()
+        return drawn
+
+    def below(self):
+        now = {name: self.inputs[name].value for name in ("steps", "shift")}
+        if any(now.items() <= drawn.settings.items() for drawn in self.shown):
+            return "".join(drawn.data["curve"] for drawn in self.shown)
+        if (key := tuple(now.values())) not in self._curve:
+            self._curve = {key: curve(sigmas(self.pipe, **now), now["shift"])._repr_html_()}
+        return self._curve[key]
