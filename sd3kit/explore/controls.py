@@ -18,7 +18,7 @@ def control(kind: str, label: str, **traits: Any) -> widgets.Widget:
     if kind == "Text":
         traits["continuous_update"] = False  # tells its value when Enter is pressed or the box is left
     layout = widgets.Layout(width="98%", max_width="460px")
-    return getattr(widgets, kind)(description=label, style={"description_width": "108px"}, layout=layout, **traits)
+    return getattr(widgets, kind)(description=label, style={"description_width": "120px"}, layout=layout, **traits)
 
 
 def shared(pipe, prompt: str) -> dict[str, widgets.Widget]:

@@ -91,7 +91,7 @@ def checked(pipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     own = scheduler_of(pipe)
     if shift_of(own) is None and found.pop("shift") is not None:
         raise ValueError(f"The pipeline's {type(own).__name__} has no shift that can be set: leave it out.")
-    for name in LIMITS.keys() & found.keys():
+    for name in [name for name in LIMITS if name in found]:
         value = shift_of(own) if name == "shift" and found[name] is None else found[name]
         found[name] = number(name, value, *LIMITS[name])
     low, high = sizes(pipe)

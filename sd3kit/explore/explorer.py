@@ -95,12 +95,16 @@ class Explorer(Rounds):
         heading = f'<h2 style="font-size:1.2em;margin:4px 0">{html.escape(self.title)}</h2>{style}'
         heading += f'<img alt="" style="display:none" src="data:," onerror="{script}">'
         another = ui.button("Another seed", "Set a seed at random", self._another_seed)
-        view = [shared[name] for name in self.in_view if name in shared]
+        shared["seed"].layout.width = "250px"
+        view = [shared[name] for name in self.in_view if name in shared and name != "seed"]
         more = [one for name, one in shared.items() if name not in (*self.in_view, "prompt")]
         more += [self._seeds, self._compared, self._other, self._live]
         more.append(ui.upload("Settings from a PNG", ".png", self._from_png))
         half = {"flex": "1 1 300px", "min_width": "260px"}
-        left = ui.column([*own, *view, another, ui.folded({"More": ui.column(more)} | self.panes())], **half)
+        left = ui.column(
+            [*own, ui.row([shared["seed"], another]), *view, ui.folded({"More": ui.column(more)} | self.panes())],
+            **half,
+        )
         left.layout.max_width = "480px"
         self._said.add_class("sd3kit-said")
         self._bar.layout.min_height = "32px"

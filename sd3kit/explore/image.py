@@ -17,7 +17,7 @@ from .showing import image_html
 OWN = "my own mask"
 # Parts of the picture to draw anew, and the arguments of `mask` that make them.
 MASKS = {
-    "nothing: change all": None,
+    "everything": None,
     "left half": ("box", 0.0, 0.0, 0.5, 1.0),
     "right half": ("box", 0.5, 0.0, 1.0, 1.0),
     "upper half": ("box", 0.0, 0.0, 1.0, 0.5),

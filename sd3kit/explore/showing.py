@@ -23,7 +23,9 @@ def image_html(image: Image.Image, alt: str, width: int = WIDTH) -> str:
 
 
 def side_by_side(parts: Iterable[str]) -> str:
-    cells = "".join(f'<div style="flex:0 1 {WIDTH}px;min-width:0">{part}</div>' for part in parts)
+    parts = list(parts)
+    width = f"{WIDTH}px" if len(parts) == 1 else f"min({WIDTH}px,calc(50% - 6px))"  # two to a row where it is narrow
+    cells = "".join(f'<div style="flex:0 1 {width};min-width:0">{part}</div>' for part in parts)
     return f'<div style="display:flex;flex-wrap:wrap;gap:12px;line-height:1.4">{cells}</div>'
 
 

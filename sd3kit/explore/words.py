@@ -1,5 +1,6 @@
 """Where words look: the function and its explorer; `sd3kit.lesson.attention` records the maps."""
 
+import html
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +105,7 @@ class Attention(Explorer):
         layers = [("all", ALL), *((str(n + 1), n) for n in range(len(self.pipe.transformer.transformer_blocks)))]
         methods = [("attention weights", "raw"), ("ConceptAttention", "concept")]
         self.views = {
-            "word": ui.control("Dropdown", "Word", options=words_of(self.inputs["prompt"].value)),
+            "word": ui.control("Dropdown", "Word", options=[]),
             "layer": ui.control("SelectionSlider", "Layer", options=layers),
             "step": ui.control("SelectionSlider", "Step", options=[("all", ALL)]),
             "method": ui.control("Dropdown", "Method", options=methods),
@@ -121,11 +122,12 @@ class Attention(Explorer):
         word = self.views["word"].value
         self.shown = []  # the controls are being set to other pictures
         self.views["word"].options = words
-        self.views["word"].value = word if word in words else words[0]
+        # a new prompt: its first word of some weight
+        self.views["word"].value = word if word in words else next((one for one in words if len(one) > 2), words[0])
         self.views["step"].options = [("all", ALL), *((str(n + 1), n) for n in range(steps))]
         super().show(made)
 
     def below(self):
         values = {name: None if view.value == ALL else view.value for name, view in self.views.items()}
         maps = [heat(drawn, **values) for drawn in self.shown if values["word"] in drawn.data["words"]]
-        return side_by_side(image_html(one.image, one.alt) for one in maps)
+        return side_by_side(f"{image_html(one.image, one.alt)}{html.escape(one.alt.split(':')[0])}" for one in maps)

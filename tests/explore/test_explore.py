@@ -610,7 +610,7 @@ def test_image_explorer_changes_a_picture_and_inpaints(pipe):
     one.start()
     assert one.wait(30) and "90 x 60 pixels and the mask 60 x 60" in said(one)
     one._gallery.children[1].children[1].click()
-    assert one.inputs["mask"].value == "nothing: change all" and one.shown[0].steps == 2
+    assert one.inputs["mask"].value == "everything" and one.shown[0].steps == 2
 
 
 def test_the_page_hands_a_picture_on(pipe):
