@@ -6,6 +6,7 @@ brings back the settings that are stored in a picture), `explorer` is what all e
 sd3kit.explore` serves two of them as a page. Start with `text.py`.
 """
 
+# ruff: noqa: F401  (the names below are the package's own)
 from .adapters import Lora, lora, lora_layout
 from .drawing import Step, Stopped, latent_to_rgb
 from .drawn import Drawn, from_png
@@ -16,31 +17,3 @@ from .quick import page
 from .shift import Schedule, curve, schedule, sigmas
 from .text import TextToImage, text_to_image
 from .words import Attention, attention, heat
-
-__all__ = [
-    "Attention",
-    "Drawn",
-    "Encoders",
-    "Explorer",
-    "ImageToImage",
-    "Lora",
-    "Schedule",
-    "Step",
-    "Stopped",
-    "TextToImage",
-    "attention",
-    "curve",
-    "encoders",
-    "from_png",
-    "heat",
-    "image_to_image",
-    "inpaint",
-    "latent_to_rgb",
-    "lora",
-    "lora_layout",
-    "mask",
-    "page",
-    "schedule",
-    "sigmas",
-    "text_to_image",
-]

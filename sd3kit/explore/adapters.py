@@ -12,29 +12,18 @@ from .drawn import Drawn
 from .explorer import Explorer
 from .text import text_to_image
 
-# What the keys of a LoRA file begin with, whose layout that is, and what to do with it; the first that fits counts.
+RENAME = 'begin its keys with "transformer." in place of {!r} and give load_lora_weights the dictionary.'
+# How the keys of a LoRA file begin, whose layout that is, and what to do with it; the first that fits counts.
 LAYOUTS = (
-    (("transformer.", "text_encoder.", "text_encoder_2."), "diffusers", "load it with pipe.load_lora_weights(file)."),
+    (("transformer.", "text_encoder"), "diffusers", "load it with pipe.load_lora_weights(file)."),
+    (("diffusion_model.transformer_blocks",), "ComfyUI over diffusers' names", RENAME.format("diffusion_model.")),
+    (("base_model.model.",), "peft's own save_pretrained", RENAME.format("base_model.model.")),
+    (("transformer_blocks.",), "a bare transformer", "call pipe.transformer.load_lora_adapter(file, prefix=None)."),
     (
-        ("diffusion_model.transformer_blocks", "diffusion_model.pos_embed", "diffusion_model.proj_out"),
-        "ComfyUI over diffusers' names",
-        'begin its keys with "transformer." in place of "diffusion_model." and give load_lora_weights the dictionary.',
-    ),
-    (
-        ("diffusion_model.joint_blocks", "lora_unet_joint_blocks", "lora_te", "lora_unet_", "lycoris_"),
+        ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.joint_blocks"),
         "kohya's sd-scripts or ComfyUI, over the names of Stability's own code",
         "diffusers passes it over without a word, as its q, k and v are one matrix; use it in ComfyUI, or ask for a "
         "file in diffusers' layout.",
-    ),
-    (
-        ("base_model.model.",),
-        "peft's own save_pretrained",
-        'begin its keys with "transformer." in place of "base_model.model." and give load_lora_weights the dictionary.',
-    ),
-    (
-        ("transformer_blocks.",),
-        "a bare transformer",
-        "call pipe.transformer.load_lora_adapter(file, prefix=None).",
     ),
 )
 
@@ -59,7 +48,7 @@ def lora_layout(source: str | os.PathLike | Iterable[str]) -> str:
         except SafetensorError as error:
             raise ValueError(f"{source} is no safetensors file, or a damaged one: get it again.") from error
     keys = list(source)
-    if not any(part in key for key in keys for part in ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.")):
+    if not any("lora" in key for key in keys):
         return "These are no keys of a LoRA: it may be a whole model, or another kind of adapter."
     for starts, whose, what in LAYOUTS:
         if any(key.startswith(starts) for key in keys):

@@ -27,6 +27,7 @@ LIMITS = {
     "seed": (0, 2**63 - 1, int), "steps": (1, 1000, int), "guidance": (1, 20, float), "shift": (0.1, 100, float),
     "strength": (0, 1, float),
 }  # fmt: skip
+HOOKS = ("watch", "stop")
 LONGEST = 10_000  # letters of a prompt; the encoders read some 1,500
 LATENTS = 16  # latent places to a side, of the pictures that the preview's map is fitted on
 
@@ -104,8 +105,9 @@ def checked(pipe, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def filled(pipe, prompt: str, given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
-    """`checked` settings: those given, the function's own, and the usual ones for the others."""
+    """`checked` settings: those given, without `watch` and `stop`, the function's own, and the usual ones."""
     usual = dict(negative_prompt="", seed=0, steps=28, guidance=7.0, shift=None, size=None)
+    given = {name: value for name, value in given.items() if name not in HOOKS}
     if unknown := given.keys() - usual.keys():
         raise TypeError(f"There is no setting {sorted(unknown)[0]!r}: there are {', '.join(usual)}.")
     return checked(pipe, {"prompt": prompt, **usual, **given, **own})
@@ -208,10 +210,8 @@ class _Watched:
         return values
 
 
-def draw(
-    pipe, settings: dict[str, Any], call: Callable, watch: Watch | None = None, stop: threading.Event | None = None
-) -> Drawn:
-    """Draw once with `filled` settings.
+def draw(pipe, settings: dict[str, Any], call: Callable, given: Mapping[str, Any]) -> Drawn:
+    """Draw once with `filled` settings; `watch` and `stop` are among what was given, or not.
 
     Args:
         call: called with a pipeline of the same parts and the arguments that all kinds of pipelines take; gives the
@@ -220,6 +220,7 @@ def draw(
     Raises:
         Stopped: `stop` was set before the first step.
     """
+    watch, stop = map(given.get, HOOKS)
     watched, side = _Watched(watch, stop), settings["size"]
     with turn(pipe, stop):
         own = copy.copy(pipe)

@@ -1,34 +1,25 @@
 """The three text encoders: the function and its explorer."""
 
-import threading
 from typing import Any
 
 import torch
 from PIL import Image
 
-from .drawing import Watch, draw, filled
+from .drawing import draw, filled
 from .drawn import Drawn
 from .explorer import Explorer
 
 NAMES = {"1": "CLIP L/14", "2": "OpenCLIP bigG/14", "3": "T5"}
 
 
-def encoders(
-    pipe,
-    prompt: str,
-    keep: str = "123",
-    *,
-    watch: Watch | None = None,
-    stop: threading.Event | None = None,
-    **settings: Any,
-) -> Drawn:
+def encoders(pipe, prompt: str, keep: str = "123", **settings: Any) -> Drawn:
     """Draw with some of the text encoders: what the others say of the prompt is set to zero.
 
     The negative prompt keeps all three, so guidance moves from the same place.
 
     Args:
         keep: the encoders that speak: 1 is CLIP L/14, 2 OpenCLIP bigG/14, 3 the T5; "" is none.
-        watch, stop, **settings: as in `text_to_image`.
+        **settings: as in `text_to_image`.
 
     Raises:
         ValueError: another `keep`, or as in `text_to_image`. Stopped: as in `text_to_image`.
@@ -52,7 +43,7 @@ def encoders(
             **arguments | {"negative_prompt": None},
         ).images[0]
 
-    return draw(pipe, full, call, watch, stop)
+    return draw(pipe, full, call, settings)
 
 
 class Encoders(Explorer):

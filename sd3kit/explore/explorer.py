@@ -8,7 +8,7 @@ import contextlib
 import html
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Explorer(Rounds):
         self.pipe, self.ui = pipe, ui
         self.shown: list[Drawn] = []  # side by side
         self.made: list[Drawn] = []  # the gallery's, the newest first
-        self._held = False
+        self._held = False  # while controls are set without drawing
         self._handle = None  # of the still in the notebook
         self.inputs = shared = ui.shared(pipe, prompt)
         self.inputs = dict(shared)
@@ -94,7 +94,9 @@ class Explorer(Rounds):
         style = f'<style>[data-sd3kit="{id(self)}"]{{display:none}}</style>'
         heading = f'<h2 style="font-size:1.2em;margin:4px 0">{html.escape(self.title)}</h2>{style}'
         heading += f'<img alt="" style="display:none" src="data:," onerror="{script}">'
-        another = ui.button("Another seed", "Set a seed at random", self._another_seed)
+        another = ui.button(
+            "Another seed", "Set a seed at random", lambda: shared["seed"].set_trait("value", random.randrange(10_000))
+        )
         shared["seed"].layout.width = "250px"
         view = [shared[name] for name in self.in_view if name in shared and name != "seed"]
         more = [one for name, one in shared.items() if name not in (*self.in_view, "prompt")]
@@ -146,8 +148,8 @@ class Explorer(Rounds):
         Raises:
             ValueError: a value that a control does not offer; the controls stay as they were.
         """
-        before = self.settings()
-        with self._quiet():
+        before, self._held = self.settings(), True
+        try:
             for name in [name for name in settings if name in before]:
                 with contextlib.suppress(Exception):  # traitlets' own, of several kinds
                     self.inputs[name].value = settings[name]
@@ -155,6 +157,8 @@ class Explorer(Rounds):
                     for other, old in before.items():
                         self.inputs[other].value = old
                     raise ValueError(f"This explorer cannot show {name} {settings[name]}.")
+        finally:
+            self._held = False
         self.refresh()
         return [name for name in settings if name not in before]
 
@@ -176,9 +180,6 @@ class Explorer(Rounds):
             raise ValueError(f"Type another value of {called} to compare with, not {text!r}.") from None
         return [job | change for job in made for change in ({}, other)]
 
-    def _another_seed(self) -> None:
-        self.inputs["seed"].value = random.randrange(10_000)
-
     def _from_png(self, data: bytes) -> None:
         try:
             unknown = self.restore(from_png(data))
@@ -199,15 +200,6 @@ class Explorer(Rounds):
     def refresh(self) -> None:
         """Show what depends on the controls anew."""
         self._below.value = self.below()
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Set controls without drawing."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
 
     # -- what is shown and kept
 

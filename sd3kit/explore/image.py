@@ -1,14 +1,13 @@
 """Image to image and inpainting: the functions and their explorer."""
 
 import html
-import threading
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from ..lesson import show
 from ..pictures import flatten, open_picture, square
-from .drawing import Watch, draw, filled, number
+from .drawing import draw, filled, number
 from .drawn import Drawn
 from .explorer import IDEAS, Explorer
 from .rounds import one_line
@@ -27,23 +26,14 @@ MASKS = {
 }
 
 
-def image_to_image(
-    pipe,
-    image: Image.Image,
-    prompt: str,
-    *,
-    strength: float = 0.6,
-    watch: Watch | None = None,
-    stop: threading.Event | None = None,
-    **settings: Any,
-) -> Drawn:
+def image_to_image(pipe, image: Image.Image, prompt: str, *, strength: float = 0.6, **settings: Any) -> Drawn:
     """Change a picture with `StableDiffusion3Img2ImgPipeline`, which is built from the pipeline's parts.
 
     Args:
         image: where it starts, anything that `sd3kit.pictures.open_picture` opens, on white where it is transparent;
             its middle square is scaled to `size`.
         strength: how far towards noise it goes first, 0 to 1; of `steps` only that share is run.
-        watch, stop, **settings: as in `text_to_image`.
+        **settings: as in `text_to_image`.
 
     Returns:
         A `Drawn` with `data["image"]`, the picture as it was given to the pipeline. The settings do not hold it.
@@ -56,19 +46,11 @@ def image_to_image(
 
     full = filled(pipe, prompt, settings, strength=strength)
     start = square(flatten(open_picture(image)), full["size"])
-    return _draw_over(Kind, pipe, {"image": start}, full, watch, stop)
+    return _draw_over(Kind, pipe, {"image": start}, full, settings)
 
 
 def inpaint(
-    pipe,
-    image: Image.Image,
-    mask: Image.Image,
-    prompt: str,
-    *,
-    strength: float = 1.0,
-    watch: Watch | None = None,
-    stop: threading.Event | None = None,
-    **settings: Any,
+    pipe, image: Image.Image, mask: Image.Image, prompt: str, *, strength: float = 1.0, **settings: Any
 ) -> Drawn:
     """Draw a part of a picture anew with `StableDiffusion3InpaintPipeline`.
 
@@ -99,10 +81,10 @@ def inpaint(
     new = square(flatten(where, "black").convert("L"), full["size"], Image.Resampling.NEAREST)
     if new.getextrema()[1] < 128:
         raise ValueError("The mask is empty: white is what is drawn anew, black and transparent is kept.")
-    return _draw_over(Kind, pipe, {"image": start, "mask_image": new}, full, watch, stop)
+    return _draw_over(Kind, pipe, {"image": start, "mask_image": new}, full, settings)
 
 
-def _draw_over(kind: type, pipe, given: dict[str, Image.Image], settings: dict, watch, stop) -> Drawn:
+def _draw_over(kind: type, pipe, given: dict[str, Image.Image], full: dict, hooks) -> Drawn:
     """Draw with a pipeline of another kind, built from the parts, that takes the given pictures too."""
     if not hasattr(pipe.scheduler, "scale_noise"):
         name = type(pipe.scheduler).__name__
@@ -111,9 +93,9 @@ def _draw_over(kind: type, pipe, given: dict[str, Image.Image], settings: dict, 
     def call(own, arguments: dict) -> Image.Image:
         change = kind(**own.components)
         change.set_progress_bar_config(disable=True)
-        return change(settings["prompt"], **given, strength=settings["strength"], **arguments).images[0]
+        return change(full["prompt"], **given, strength=full["strength"], **arguments).images[0]
 
-    drawn = draw(pipe, settings, call, watch, stop)
+    drawn = draw(pipe, full, call, hooks)
     drawn.data |= {name.removesuffix("_image"): image for name, image in given.items()}
     return drawn
 

@@ -34,17 +34,16 @@ def schedule(pipe, prompt: str, *, watch: Watch | None = None, look: Callable | 
     Raises:
         ValueError, Stopped: as in `text_to_image`.
     """
-    stop = settings.pop("stop", None)
     if "shift" not in filled(pipe, prompt, settings):  # checked before the wait for another drawing
         raise ValueError(f"The pipeline's {type(pipe.scheduler).__name__} has no shift to look at.")
-    previews, look = [], look or latent_to_rgb(pipe, stop)
+    previews, look = [], look or latent_to_rgb(pipe, settings.get("stop"))
 
     def keep(step: Step) -> None:
         previews.append(look(step.latents))
         if watch is not None:
             watch(step)
 
-    drawn = text_to_image(pipe, prompt, watch=keep, stop=stop, **settings)
+    drawn = text_to_image(pipe, prompt, watch=keep, **settings)
     levels = sigmas(pipe, drawn.settings["steps"], drawn.settings["shift"])
     drawn.data |= {"sigmas": levels, "previews": previews}
     return drawn

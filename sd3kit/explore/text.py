@@ -39,9 +39,12 @@ def text_to_image(
         ValueError: a setting that cannot be drawn; one sentence.
         Stopped: `stop` was set before the first step.
     """
-    given = dict(negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance, shift=shift, size=size)
+    given = dict(
+        negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance, shift=shift, size=size, watch=watch,
+        stop=stop,
+    )  # fmt: skip
     settings = filled(pipe, prompt, given)
-    return draw(pipe, settings, lambda own, arguments: own(prompt, **arguments).images[0], watch, stop)
+    return draw(pipe, settings, lambda own, arguments: own(prompt, **arguments).images[0], given)
 
 
 class TextToImage(Explorer):

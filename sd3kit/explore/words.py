@@ -1,7 +1,6 @@
 """Where words look: the function and its explorer; `sd3kit.lesson.attention` records the maps."""
 
 import html
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from ..lesson import attention as recorder
 from ..lesson import show
-from .drawing import Watch, draw, filled
+from .drawing import draw, filled
 from .drawn import Drawn
 from .explorer import Explorer
 from .showing import image_html, side_by_side
@@ -18,20 +17,12 @@ from .showing import image_html, side_by_side
 ALL = -1  # of the layers or steps: a slider takes no None
 
 
-def attention(
-    pipe,
-    prompt: str,
-    *,
-    look_at: Sequence[str] | None = None,
-    watch: Watch | None = None,
-    stop: threading.Event | None = None,
-    **settings: Any,
-) -> Drawn:
+def attention(pipe, prompt: str, *, look_at: Sequence[str] | None = None, **settings: Any) -> Drawn:
     """Draw a prompt and record where its words are looked at (`sd3kit.lesson.attention.maps`).
 
     Args:
         look_at: words of the prompt; None is each of them.
-        watch, stop, **settings: as in `text_to_image`. SD3 Medium at 1024 pixels takes some 4 GB more than there, for
+        **settings: as in `text_to_image`. SD3 Medium at 1024 pixels takes some 4 GB more than there, for
             one layer's attention in the open.
 
     Returns:
@@ -49,7 +40,7 @@ def attention(
         found.update(recorder.maps(own, prompt, chosen, seed=full["seed"], steps=steps, callback=callback, **arguments))
         return found.pop("image")
 
-    drawn = draw(pipe, full, call, watch, stop)
+    drawn = draw(pipe, full, call, settings)
     drawn.data |= {"words": chosen} | found
     return drawn
 

@@ -48,7 +48,7 @@ class OpenProcessor:
             added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
             streams.append(heads(encoder_hidden_states, *added))
         query, key, value = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
-        logits = query @ key.transpose(-1, -2) * attn.scale
+        logits = (query * attn.scale) @ key.transpose(-1, -2)  # scaled first: in float16 the product may overflow
         self.largest_logit = max(logits.max(), -logits.min()).item()
         if self.concepts:
             end = logits.shape[-1] - self.concepts
@@ -150,6 +150,7 @@ def maps(
     def reduce(weights, outputs):
         weights, outputs = weights[-1], outputs[-1]  # the prompt's half, not the empty one's
         picture = len(outputs) - embeds.shape[1] - sum(sizes)
+        outputs = outputs.float()  # half precision cannot hold the products below
         read = torch.stack([weights[:, :picture, [picture + p for p in at]].sum(-1).mean(0) for at in places])
         said = torch.stack([part.mean(0) for part in outputs[-sum(sizes) :].split(sizes)])
         return read, (outputs[:picture] @ said.T).softmax(-1).T

@@ -5,6 +5,7 @@ mistake. `verdict` returns what it says, so that tests can read it.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def guess(value: float | None, measured: float, unit: str = "") -> str:
         said = (
             f"You made no prediction. Measured: {measured:.3g}{unit}. Next time guess first: it is how one learns most."
         )
-    elif not isinstance(value, int | float) or not math.isfinite(value):
+    elif not isinstance(value, numbers.Real) or not math.isfinite(value):
         said = f"A prediction is a number, such as 1.5. Measured: {measured:.3g}{unit}."
     else:
         off = abs(value - measured) / max(abs(measured), 1e-12)

@@ -311,8 +311,7 @@ def test_an_error_in_a_drawing_is_said_and_the_next_one_works(pipe):
 
 def test_a_slider_moved_many_times_ends_with_the_last_setting(pipe, calls):
     one = explore.TextToImage(pipe, PROMPT, live=True)
-    with one._quiet():
-        one.restore({"steps": 5, "size": 64})
+    one.restore({"steps": 5, "size": 64})
     for value in np.arange(1.0, 20.5, 0.5):
         one.inputs["guidance"].value = float(value)
         time.sleep(0.004)

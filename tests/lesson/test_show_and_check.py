@@ -1,5 +1,6 @@
 """What notebooks show, and how exercises answer."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -49,4 +50,6 @@ def test_guesses():
     assert check.guess(None, 3.0).startswith("You made no prediction")
     assert "close" in check.guess(3.2, 3.0)
     assert "far off" in check.guess(30, 3.0)
+    assert "close" in check.guess(np.float32(3.2), np.float64(3.0)) and "close" in check.guess(np.int64(3), 3.0)
+    assert check.guess(float("nan"), 3.0).startswith("A prediction is a number")
     assert check.guess("three", 3.0).startswith("A prediction is a number")
