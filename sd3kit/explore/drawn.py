@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from ..files import write_whole
 from ..lesson import show
 from ..pictures import MOST_PIXELS
 
@@ -55,8 +56,8 @@ class Drawn:
         return data.getvalue()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `png()` to a file."""
-        Path(path).write_bytes(self.png())
+        """Write `png()` to a file, whole or not at all; UserError where it cannot be written."""
+        write_whole(path, self.png())
 
     def _repr_html_(self) -> str:
         return show.img(self.png(), self.alt, max(256, self.image.width))

@@ -28,8 +28,6 @@ IDEAS = (
 KEPT = 12  # pictures of the gallery
 LIVE_PARAMETERS = 10**8  # a model with fewer is quick enough to draw at every change
 SCRIPT = Path(__file__).with_name("explorer.js")
-# Until the explorer is there, its place is not needed either; JupyterLab would show "model not found" in it.
-STYLE = ".jp-OutputArea:not(:has(.sd3kit-explorer)) > .jp-OutputArea-child:has(.jupyter-widgets){display:none}"
 
 
 class Explorer(Rounds):
@@ -91,7 +89,7 @@ class Explorer(Rounds):
         ui = self.ui
         script = html.escape(SCRIPT.read_text(encoding="utf-8"), quote=True)
         # where this shows, the still in its place does not
-        style = f'<style>[data-sd3kit="{id(self)}"]{{display:none}}</style>'
+        style = f'<style>[data-sd3kit="{self._said.model_id}"]{{display:none}}</style>'
         heading = f'<h2 style="font-size:1.2em;margin:4px 0">{html.escape(self.title)}</h2>{style}'
         heading += f'<img alt="" style="display:none" src="data:," onerror="{script}">'
         another = ui.button(
@@ -168,11 +166,11 @@ class Explorer(Rounds):
         Raises:
             ValueError: the value to compare with is none of its setting's.
         """
-        base, name = self.settings(), self._compared.value
+        base, name, text = self.settings(), self._compared.value, self._other.value
         made = [base | {"seed": base["seed"] + n} for n in range(self._seeds.value)]
-        if not name:
+        kind = type(base.get(name))
+        if not name or (kind is not bool and not text.strip()):  # a box has but one other value
             return made
-        kind, text = type(base[name]), self._other.value
         try:
             other = {name: not base[name] if kind is bool else kind(text)}
         except ValueError:
@@ -247,7 +245,11 @@ class Explorer(Rounds):
         told = "; ".join(f"{one.alt}; {summary(one.settings)}" for one in self.shown) or "nothing drawn yet"
         pictures = side_by_side(figures(self.shown, links=False)) + self.below() if self.shown else ""
         note = f"<p><em>{html.escape(self.title)}, an explorer: run this cell to turn its knobs.</em></p>"
-        page = f'<div data-sd3kit="{id(self)}"><style>{STYLE}</style>{pictures}{note}</div>'
+        name = self._said.model_id
+        # where the explorer is not, its place is hidden: JupyterLab would show "model not found" there
+        alone = f'.jp-OutputArea:has([data-sd3kit="{name}"]):not(:has(.sd3kit-explorer))'
+        style = f"<style>{alone} > .jp-OutputArea-child:has(.jupyter-widgets){{display:none}}</style>"
+        page = f'<div data-sd3kit="{name}">{style}{pictures}{note}</div>'
         return {"text/html": page, "text/plain": f"{self.title}: {told}"}
 
     def _ipython_display_(self) -> None:

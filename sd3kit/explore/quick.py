@@ -5,6 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
+from ..errors import UserError, answer
 from .image import ImageToImage
 from .text import TextToImage
 
@@ -44,12 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     top.add_argument("--port", type=int, default=8866, help="(%(default)s)")
     top.add_argument("--no-browser", action="store_true", help="do not open a browser")
     options = top.parse_args(arguments)
+    return answer(lambda: _serve(options), stopped="stopped.")
+
+
+def _serve(options: argparse.Namespace) -> None:
     try:
         from tornado.netutil import bind_sockets
         from voila.app import Voila
-    except ImportError:
-        print("sd3kit: the page needs Voila: pip install 'sd3kit[lab]'.", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        raise UserError("the page needs Voila: pip install 'sd3kit[lab]'.") from error
     try:
         if not 0 < options.port < 2**16:  # the system would take the remainder
             raise OSError(0, "ports go from 1 to 65535")
@@ -57,8 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             listening.close()
     except OSError as error:
         where = f"{options.ip}, port {options.port} ({error.strerror})"
-        print(f"sd3kit: the page cannot be served on {where}: give another --port or --ip.", file=sys.stderr)
-        return 2
+        raise UserError(f"the page cannot be served on {where}: give another --port or --ip.") from error
     host = options.ip
     if not loopback(host):
         print(
@@ -73,4 +76,3 @@ def main(arguments: list[str] | None = None) -> int:
     given = [str(PAGE), f"--Voila.ip={options.ip}", f"--port={options.port}", "--show_tracebacks=False"]
     given.append("--Voila.port_retries=0")  # else Voila looks for a free port itself, which is not the one printed
     Voila.launch_instance(given + ["--no-browser"] * options.no_browser)
-    return 0

@@ -579,6 +579,68 @@ def test_unknown_settings_in_a_png_are_left_out():
     assert explore.from_png(png_with(text)) == {"prompt": "a fox", "seed": 1}
 
 
+def test_several_seeds_and_another_value_stand_side_by_side(text):
+    text.inputs["seed"].value = 4
+    text._seeds.value = 2
+    text._compared.value = "guidance"
+    text.start()
+    assert text.wait(30) and [one.settings["seed"] for one in text.shown] == [4, 5], "no other value is given yet"
+    text._other.value = "2.5"
+    text.start()
+    assert text.wait(60) and said(text).startswith("Done: 4 pictures, each 3 steps")
+    drawn = [(one.settings["seed"], one.settings["guidance"]) for one in text.shown]
+    assert drawn == [(4, 7.0), (4, 2.5), (5, 7.0), (5, 2.5)]
+    bold = re.findall("<strong>(.*?)</strong>", text._pictures.value)
+    assert bold == ["seed 4, guidance 7", "seed 4, guidance 2.5", "seed 5, guidance 7", "seed 5, guidance 2.5"]
+    text._gallery.children[2].children[1].click()
+    assert (text.inputs["seed"].value, text.inputs["guidance"].value) == (4, 2.5)
+    text._other.value = "much"
+    text.start()
+    assert "another value of guidance" in said(text) and 'role="alert"' in text._said.value
+
+
+def test_a_comparison_of_an_encoder_is_without_it(pipe):
+    one = explore.Encoders(pipe, PROMPT, live=False)
+    one.restore(QUICK)
+    one._compared.value = "encoder 3"
+    one.start()
+    assert one.wait(30) and [drawn.settings["keep"] for drawn in one.shown] == ["123", "12"]
+
+
+def test_a_negative_seed_is_refused_in_the_widget_too(text):
+    text.inputs["seed"].value = -5
+    text.start()
+    assert text.wait(30) and said(text).endswith("not -5.") and 'role="alert"' in text._said.value
+
+
+def test_a_still_with_the_settings_is_kept_for_where_no_kernel_runs(pipe, monkeypatch):
+    shown, updates = [], []
+
+    class Handle:
+        def update(self, data, raw):
+            updates.append(data)
+
+    def display(data, raw, display_id=False):
+        shown.append(data)
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    one = explore.TextToImage(pipe, PROMPT, live=True)
+    one.restore(QUICK)
+    one._ipython_display_()
+    assert "nothing drawn yet" in shown[0]["text/plain"] and "run this cell" in shown[0]["text/html"]
+    assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == one.box.model_id
+    assert "children" not in shown[0]["text/plain"] + shown[1]["text/plain"]
+    kept = updates[-1]["text/html"]
+    assert f'alt="{PROMPT}; seed 0"' in kept and "seed 0, 3 steps, guidance 7" in kept, "drawn before the cell ends"
+    one.inputs["seed"].value = 6
+    assert one.wait(30) and f"{PROMPT}; seed 6" in updates[-1]["text/plain"]
+    name = re.search('data-sd3kit="([^"]+)"', kept)[1]
+    heading = one.box.children[0].value
+    assert f'[data-sd3kit="{name}"]{{display:none}}' in heading, "beside the explorer itself the still is hidden"
+    assert "display:none" not in kept.replace(re.search("<style>.*?</style>", kept)[0], "")
+
+
 # ---- the other explorers
 
 
