@@ -88,8 +88,9 @@ class Explorer(Rounds):
         """The prompt with Draw beside it, seed and steps in view, the rest folded away; pictures to the right."""
         ui = self.ui
         script = html.escape(SCRIPT.read_text(encoding="utf-8"), quote=True)
-        # where this shows, the still in its place does not
-        style = f'<style>[data-sd3kit="{self._said.model_id}"]{{display:none}}</style>'
+        # where this shows, the still in its place does not; and folded panes' titles are too pale to be read easily
+        style = f'<style>[data-sd3kit="{self._said.model_id}"]{{display:none}}'
+        style += ".sd3kit-explorer [class*=Collapse-header]{color:var(--jp-ui-font-color1,#222)}</style>"
         heading = f'<h2 style="font-size:1.2em;margin:4px 0">{html.escape(self.title)}</h2>{style}'
         heading += f'<img alt="" style="display:none" src="data:," onerror="{script}">'
         another = ui.button(
