@@ -159,11 +159,12 @@ def random_scene(
 ) -> Scene:
     """A scene of that kind, drawn uniformly from those that are (or are not) held out."""
     while True:
-        style, (colour, other) = rng.choice(list(STYLES)), rng.sample(list(COLOURS), 2)
+        style, colour = rng.choice(list(STYLES)), rng.choice(list(COLOURS))
         chosen = tuple(rng.sample(subjects, 2 if kind in ("pair", "split") else 1))
         text = random_text(rng, spell) if kind == "sign" else ""
         count = rng.choice(list(COUNTS)) if kind == "count" else 1
-        scene = Scene(kind, chosen, style, colour, text, count, other if kind == "split" else "")
+        other = rng.choice([c for c in COLOURS if c != colour]) if kind == "split" else ""
+        scene = Scene(kind, chosen, style, colour, text, count, other)
         if is_held_out(scene) == held_out:
             return scene
 
