@@ -15,7 +15,8 @@ from ..loading.pipeline import load
 from ..recipe import scenes
 from ..recipe.evaluate import ask, judge_scene, pictures, tally
 from ..recipe.judge import Judge, subject_mask
-from .store import Study, mean
+from ..records import mean
+from .store import Study
 
 LENGTH = 40  # tokens for the T5
 ENCODERS = {"CLIP 1": "1", "CLIP 2": "2", "T5": "3"}
