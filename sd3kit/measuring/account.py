@@ -69,14 +69,10 @@ def weights(model: str, part: str, bits: float = 16, every_linear: bool = False,
     they overflow in float16; torchao quantises them all the same (`every_linear`). `skips` names layers that keep 16
     bits, by a part of their name. NF4 takes 4.5 bits with its scales; those of 8 bits, below 1%, are left out.
     """
-    module, total = _part(model, part), 0
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-    seen: set[int] = set()  # the T5's embedding is there twice and stored once
-    for name, layer in module.named_modules():
-        own = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if id(t) not in seen]
-        seen.update(map(id, own))
+    total = 0
+    for name, layer, own, wide in _layers(model, part):
         count = sum(tensor.numel() for tensor in own)
-        if name.rpartition(".")[2] in kept and not (every_linear and bits < 16):
+        if wide and not (every_linear and bits < 16):
             total += 4 * count
         elif bits < 16 and isinstance(layer, torch.nn.Linear) and own and not any(skip in name for skip in skips):
             total += int(layer.weight.numel() * bits) // 8 + (count - layer.weight.numel()) * 2
@@ -85,13 +81,19 @@ def weights(model: str, part: str, bits: float = 16, every_linear: bool = False,
     return total
 
 
+def _layers(model: str, part: str):
+    """Each layer of a part: its name, itself, its own tensors, and whether these stay in float32."""
+    module = _part(model, part)
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    seen: set[int] = set()  # the T5's embedding is there twice and stored once
+    for name, layer in module.named_modules():
+        own = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if id(t) not in seen]
+        seen.update(map(id, own))
+        yield name, layer, own, name.rpartition(".")[2] in kept
+
+
 def _largest_layer(model: str, part: str) -> int:
-    kept = getattr(_part(model, part), "_keep_in_fp32_modules", None) or ()
-    sizes = (
-        (4 if name.rpartition(".")[2] in kept else 2) * sum(p.numel() for p in layer.parameters(recurse=False))
-        for name, layer in _part(model, part).named_modules()
-    )
-    return max(sizes)
+    return max((4 if wide else 2) * sum(t.numel() for t in own) for _, _, own, wide in _layers(model, part))
 
 
 def activations(model: str, part: str, size: int = 1024, tokens: int = 256) -> int:
@@ -202,9 +204,7 @@ def _host(plan: Recipe, model: str, parts: list[str]) -> int:
 
 
 def _pinned(model: str, part: str) -> int:
-    module = _part(model, part)
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-    sizes = (p.numel() * (4 if name.split(".")[-2] in kept else 2) for name, p in module.named_parameters())
+    sizes = [(4 if wide else 2) * t.numel() for _, _, own, wide in _layers(model, part) for t in own]
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 

@@ -122,13 +122,6 @@ def group_offload_block(model, dtype, device):
     return pipe
 
 
-@recipe(keeps="leaf", moves="copy")
-def group_offload_leaf(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
-    return pipe
-
-
 @recipe(keeps="leaf", moves="stream")
 def group_offload_stream(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
@@ -281,13 +274,6 @@ def tile(pipe):
 @recipe(tiles=2)
 def vae_tiling(model, dtype, device):
     return tile(default(model, dtype, device))
-
-
-@recipe()
-def vae_slicing(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype).to(device)
-    pipe.vae.enable_slicing()  # decodes a batch picture by picture: nothing to gain with one
-    return pipe
 
 
 def _tiled(plan: Recipe) -> Recipe:

@@ -64,7 +64,7 @@ def test_smaller_weights_and_fewer_parts_need_less():
     order = ["sequential_offload", "model_offload_without_t5", "model_offload", "t5_nf4", "t5_int8", "default"]
     peaks = [stored[name] for name in order]
     assert peaks == sorted(peaks)
-    assert stored["vae_tiling"] < stored["default"] == stored["vae_slicing"]
+    assert stored["vae_tiling"] < stored["default"]
 
 
 def test_layers_that_a_recipe_skips_keep_their_bits():

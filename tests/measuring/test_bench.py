@@ -94,10 +94,8 @@ EXACT = (
     "precomputed_prompt",
     "prompt_apart",
     "group_offload_block",
-    "group_offload_leaf",
     "group_offload_disk",
     "sharded",
-    "vae_slicing",
 )
 NEAR = {
     "t5_int8": 2,
