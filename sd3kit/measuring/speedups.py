@@ -26,8 +26,9 @@ INDUCTOR_FLAGS = (
     "coordinate_descent_check_all_directions",
 )
 SPEEDUPS: dict[str, Callable] = {}
-# The same work in other code, and those of them whose gain a first call must pay for.
-COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs", "best")
+# The same work in other code: a first call must pay for what these gain. Fewer bits are less work only to kernels.
+COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs", "fp8_compiled", "int8_compiled", "best",
+            "best_fp8")  # fmt: skip
 SAME_WORK = (*COMPILED, "eager", "channels_last", "cudnn_attention", "flash_attention", "attention_backend")
 WHOLE = ("bfloat16", "fp8_compiled", "best_fp8")  # changes the text encoders too
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from .. import records
-from ..errors import UserError
+from ..errors import answer
 from .drawing import STUDIES as DRAWING
 from .store import run
 from .teaching import STUDIES as TEACHING
@@ -25,16 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="the folder of the records (%(default)s)")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         for name in options.names:
             run(name, STUDIES[name], options.out)
-    except UserError as error:
-        print(f"sd3kit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sd3kit: stopped; the same command goes on with the rows that are missing.", file=sys.stderr)
-        return 130
-    return 0
+
+    return answer(work, "stopped; the same command goes on with the rows that are missing.")
 
 
 if __name__ == "__main__":

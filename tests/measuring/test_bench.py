@@ -410,6 +410,11 @@ def test_a_model_that_cannot_be_had_ends_the_command_at_once(tmp_path, capsys, m
     assert capsys.readouterr().err.startswith("sd3kit: a/b ") and not out.exists()
 
 
+def test_every_stored_row_can_be_measured_again():
+    for study, names in (("memory", RECIPES), ("speed", SPEEDUPS), ("bytes", RECIPES)):
+        assert {r["row"] for r in records.read(records.RESULTS / f"{study}.jsonl")} <= set(names)
+
+
 def test_distance_is_in_levels():
     black, gray = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 10, np.uint8)
     assert bench.distance([gray], [black]) == 10.0
