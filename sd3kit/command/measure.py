@@ -6,6 +6,7 @@ sd3kit measure bytes                          accounted on the meta device, the 
 """
 
 import argparse
+import logging
 import math
 import os
 import shlex
@@ -53,6 +54,9 @@ def run(options: argparse.Namespace) -> int:
         os.environ.setdefault(name, level)
     import torch
 
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
     from .. import records
     from ..files import check_writable
     from ..measuring.bench import measured
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if options.study == "bytes":
         made = account(options, chosen, out)
     else:
+        options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
         made = measured(options, chosen, out, command(options))
     print(table(made, options.study))
     failed = [r["row"] for r in made if failure(r)]

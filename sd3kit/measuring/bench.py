@@ -5,7 +5,6 @@ import contextlib
 import copy
 import gc
 import inspect
-import os
 import shutil
 import tempfile
 import time
@@ -52,8 +51,7 @@ def measured(options: argparse.Namespace, chosen: list[str], out: Path, command:
     Raises:
         LoadError, UserError: the model cannot be loaded or does not draw such a size; before anything is measured.
     """
-    name = options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
-    source, device, found = resolve(name), pick_device(), []
+    name, source, device, found = options.model, resolve(options.model), pick_device(), []
     sizes = options.size or [128 if name == "nano" else 1024]
     most = largest(name, source, options.weights)
     if max(sizes) > most:

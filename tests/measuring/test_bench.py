@@ -1,6 +1,10 @@
 """Measuring: the protocol, every recipe and speed-up that a processor can run, and the command."""
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -408,6 +412,26 @@ def test_a_model_that_cannot_be_had_ends_the_command_at_once(tmp_path, capsys, m
     out = tmp_path / "x.jsonl"
     assert cli.main(["measure", "memory", "--model", "a/b", "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("sd3kit: a/b ") and not out.exists()
+
+
+def test_nothing_but_the_persons_lines_is_on_the_terminal(tmp_path):
+    arguments = "measure speed --rows eager --steps 1 --calls 1 --warmup 0 --size 64 --out x.jsonl".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "sd3kit", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=unset_verbosity(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4, done.stdout
+    left = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "row" not in line]
+    assert not left, left
+    assert " --model nano " in records.read(tmp_path / "x.jsonl")[0]["stamp"]["command"]
+
+
+def unset_verbosity():
+    return {k: v for k, v in os.environ.items() if "VERBOSITY" not in k and "LOG_LEVEL" not in k}
 
 
 def test_every_stored_row_can_be_measured_again():
