@@ -29,7 +29,7 @@ def __getattr__(name: str):
 
         return load
     if name == "fit":
-        from .measuring.account import fit
+        from .measuring.fit import fit
 
         return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,16 +2,22 @@
 
 import datetime
 import gc
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+
+from .files import check_writable, unwritable, write_whole
+from .loading.device import processes
+from .loading.names import NANO
 
 RESULTS = Path(__file__).parent / "results"  # the records that the lessons draw
 
@@ -37,6 +43,33 @@ def share(answers: Sequence[bool]) -> dict:
     return {"share": right / total, "low": low, "high": high, "n": total}
 
 
+def mean(values: Sequence[float]) -> dict:
+    """A record of a mean: its value, its 95% interval (normal, of the mean) and how many values there were."""
+    centre = statistics.fmean(values)
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": centre, "low": centre - half, "high": centre + half, "n": len(values)}
+
+
+def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
+    """Twelve digits that tell these parts' weights from any others; by default those of all parts."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for path in sorted((folder / part).rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of these packages, or "not installed"."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def processor() -> str:
     """The name of this machine's processor, as far as the system tells it."""
     try:
@@ -49,13 +82,6 @@ def processor() -> str:
 
 def stamp(command: str) -> dict:
     """Where and how a record was made: machine, versions, date, and the command that makes it again."""
-    packages = ("torch", "diffusers", "transformers", "sd3kit")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "command": command,
@@ -63,7 +89,7 @@ def stamp(command: str) -> dict:
         "device": device,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions("torch", "diffusers", "transformers", "sd3kit"),
     }
 
 
@@ -95,43 +121,83 @@ def read(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def study(rows: Mapping[str, Callable[[], dict]], path: str | os.PathLike, identity: dict, command: str) -> list[dict]:
-    """Measure the rows into a file of JSON lines, one by one; rows that are there for the same identity are left.
+def study(
+    rows: Sequence,
+    measure: Callable[..., dict],
+    path: str | os.PathLike,
+    identity: dict,
+    command: str,
+    *,
+    tries: bool = True,
+    others: bool = True,
+) -> list[dict]:
+    """Measure rows into a file of JSON lines, one by one; rows that are there for the same identity are left.
 
-    An out-of-memory, or any other error of a row, is that row's result: the run goes on.
+    Each process of an `accelerate launch` takes its share of the rows.
 
     Args:
-        rows: what to call for each row; it returns the figures.
-        path: the file. It is written after each row, so a run that was cut short resumes.
+        rows: the conditions, each a name or a dict.
+        measure: takes one of them and returns its figures.
+        path: the file. It grows by a line a row, so a run that was cut short resumes.
         identity: what a record must share to count as the same: model, precision, size, steps, machine, versions.
         command: what makes the file again; it goes into the stamp.
+        tries: an out-of-memory, or any other error of a row, is that row's result, and the run goes on.
+        others: keep what the file has for other identities.
 
     Returns:
-        The records of these rows, old and new. A record has `row`, the identity, the stamp, and either the figures, or
-        `out_of_memory` or `raises` with the error's own words.
+        The records of these rows, old and new. A record has `row`, the figures, the identity and the `stamp`; of a row
+        that failed `out_of_memory` or `raises`, with the error's own words, instead of figures.
+
+    Raises:
+        UserError: the file cannot be written; before anything is measured, as far as that can be seen.
+        ValueError: a damaged line in the file.
     """
-    path, identity = Path(path), json.loads(json.dumps(identity))
-    there = read(path)
-    records = {r["row"]: r for r in there if r.items() >= identity.items() and r["row"] in rows}
-    with tqdm([name for name in rows if name not in records], unit="row") as bar:
-        for name in bar:
-            bar.set_postfix_str(name)
+    check_writable(path)
+    path, identity, state = Path(path), json.loads(json.dumps(identity)), processes()
+    place = {json.dumps(row): i for i, row in enumerate(rows)}
+
+    def kept() -> list[dict]:
+        """The file's records in the order of the rows, those of other identities first."""
+        found = [(r.items() >= identity.items(), r) for r in read(path)]
+        found = [(ours, r) for ours, r in found if ours or others]
+        found.sort(key=lambda pair: (pair[0], pair[0] and place.get(json.dumps(pair[1]["row"]), len(place))))
+        return [r for _, r in found]
+
+    def write() -> None:
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept()))
+
+    there = [json.dumps(r["row"]) for r in kept() if r.items() >= identity.items()]
+    missing = [row for row in rows if json.dumps(row) not in there]
+    state.wait_for_everyone()
+    if missing and state.is_main_process:
+        write()  # without a line that was cut short
+    state.wait_for_everyone()
+    with state.split_between_processes(missing) as share, tqdm(share, unit="row") as bar:
+        for row in bar:
+            bar.set_postfix_str(str(row))
             try:
-                figures = rows[name]()
+                figures = measure(row)
             except Exception as error:
+                if not tries:
+                    raise
                 kind = "out_of_memory" if is_out_of_memory(error) else "raises"
                 words = (str(error).strip().splitlines() or [""])[0]
                 figures = {kind: f"{type(error).__name__}: {words}"[:300]}
-            records[name] = {"row": name} | figures | identity | {"stamp": stamp(command)}
+            record = {"row": row} | figures | identity | {"stamp": stamp(command)}
+            try:
+                with path.open("a", encoding="utf-8") as file:  # one short write: lines of processes do not mix
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise unwritable(path, error) from error
             # the error's traceback holds the pipeline: only now, outside of the handler, can its memory be freed
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            there = [r for r in there if not (r["row"] == name and r.items() >= identity.items())] + [records[name]]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(r) + "\n" for r in there), encoding="utf-8")
-            os.replace(part, path)
-    return [records[name] for name in rows]
+    state.wait_for_everyone()
+    if missing and state.is_main_process:  # processes finish in any order; readers get the study's
+        write()
+    state.wait_for_everyone()
+    return [r for r in kept() if r.items() >= identity.items() and json.dumps(r["row"]) in place]
 
 
 def stored(study: str, model: str, folder: Path = RESULTS) -> list[dict]:

@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = f"python -m sd3kit.teach seats --pictures {options.pictures} --threads {options.threads}"
     if options.model:
         command += f" --model {shlex.quote(options.model)}"
-    print(report(records.study(rows, options.out, identity, command)))
+    print(report(records.study(list(rows), lambda row: rows[row](), options.out, identity, command)))
     return 0
 
 

@@ -108,15 +108,27 @@ WRONG = {
         [("graphs = 3", "the batch is a shape too"), ("graphs = 2", "no graph for any size")],
         [
             (
-                """def reuse_every(cache_class, n):
-    class Every(cache_class):
-        def forward(self, *args, **kwargs):
-            self.threshold = -1.0 if self.called % n else float("inf")
-            return super().forward(*args, **kwargs)
-
-    return Every""",
-                "the other way round",
-            )
+                """def left_out(ratios, threshold):
+    return int(len(ratios) - 0.2 * len(ratios))""",
+                "after three that were left out",
+            ),
+            (
+                """def left_out(ratios, threshold):
+    return sum(1 for i in range(len(ratios)) if i % 4)""",
+                "the first fifth",
+            ),
+            (
+                """def left_out(ratios, threshold):
+    error, row, total = 0.0, 0, 0
+    for ratio in ratios[int(0.2 * len(ratios) + 0.5) :]:
+        error, row = error + abs(1 - ratio), row + 1
+        if error <= threshold and row <= 3:
+            total += 1
+        else:
+            error, row = 0.0, 0
+    return total""",
+                "the ratios multiply",
+            ),
         ],
     ],
     "06_dreambooth_lora": [

@@ -28,9 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "generate":
             generate.run(options)
         elif options.command == "measure":
-            from ..measuring import bench  # imports what only measuring needs
-
-            return bench.run(options)
+            return measure.run(options)
         elif options.command == "reset":
             from .reset import reset
 

@@ -1,4 +1,5 @@
-"""Time, memory and the floor: `protocol` measures, `account` counts bytes without running, `bench` is the command.
+"""Time, memory and the floor: what makes SD3 fit (`recipes`) and fast (`speedups`), and what each costs.
 
-`recipes` and `speedups` are what is measured. May import `loading`, `records` and `recipe`. Start with `recipes.py`.
+`protocol` measures, `account` counts bytes without running, `fit` advises by both, `bench` is what `sd3kit measure`
+does, `report` its table. May import `loading`, `records` and `recipe`. Start with `recipes.py`.
 """

@@ -1,37 +1,34 @@
-"""`sd3kit measure`: the records that lessons 04 and 05 show, made again by one command.
-
-sd3kit measure memory --model nano            every recipe of sd3kit.recipes
-sd3kit measure speed --model medium --weights random
-sd3kit measure bytes                          accounted on the meta device, the same on every machine
-"""
+"""What `sd3kit measure memory` and `speed` do: every recipe and every speed-up by one protocol, into records."""
 
 import argparse
 import contextlib
+import copy
 import gc
-import hashlib
-import importlib.metadata
 import inspect
-import os
-import shlex
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch._inductor.config
+from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import free_memory
 
 from .. import records
 from ..errors import UserError
 from ..loading import configs
 from ..loading.device import pick_device, pick_dtype
-from ..loading.names import NANO, resolve
+from ..loading.names import LoadError, resolve
 from ..loading.pipeline import load, undisturbed
+from ..loading.problems import explain
 from . import protocol
-from .account import GIB, peaks
-from .recipes import ENCODERS, RECIPES, Recipe
-from .speedups import COMPILED, INDUCTOR_FLAGS, SPEEDUPS
+from .account import GIB
+from .plan import ENCODERS
+from .recipes import RECIPES
+from .report import adherence, distance
+from .speedups import INDUCTOR_FLAGS, SAME_WORK, SPEEDUPS, WHOLE
 
 # One a call, so that ten calls give the times and the share of right pictures too.
 PROMPTS = (
@@ -48,78 +45,76 @@ PROMPTS = (
 )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run `sd3kit measure`.
+def measured(options: argparse.Namespace, chosen: list[str], out: Path, command: str) -> list[dict]:
+    """The rows of the memory or of the speed study, measured here, at each size.
 
     Raises:
-        UserError, LoadError: a wrong argument, or a model that cannot be loaded; one sentence.
+        LoadError, UserError: the model cannot be loaded or does not draw such a size; before anything is measured.
     """
-    names = {"memory": RECIPES, "bytes": RECIPES, "speed": SPEEDUPS}[options.study]
-    chosen = options.rows or list(names)
-    for row in chosen:
-        if row not in names:
-            raise UserError(f"there is no row {row!r} in {options.study}: use some of {', '.join(names)}.")
-    if options.steps < 1 or options.calls < 1 or options.warmup < 0:
-        raise UserError("--steps and --calls must be 1 or more, --warmup 0 or more.")
-    if options.size is not None and (options.size % 16 or options.size < 64):
-        raise UserError(f"--size must be divisible by 16 and at least 64, not {options.size}.")
-    if options.cap_gb is not None and (not torch.cuda.is_available() or options.cap_gb <= 0):
-        raise UserError("--cap-gb needs a CUDA device and a positive size: without one there is nothing to cap.")
-    out = options.out or records.RESULTS / f"{options.study}.jsonl"
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent}: make it first, or give another --out.")
-    made = account(options, chosen, out) if options.study == "bytes" else measured(options, chosen, out)
-    print(table(made, options.study))
-    return 0
-
-
-def command(options: argparse.Namespace) -> str:
-    """The command that makes the records again."""
-    given = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(options, name)))}"
-             for name in ("model", "weights", "steps", "size", "calls", "warmup", "dtype", "cap_gb")
-             if getattr(options, name) is not None]  # fmt: skip
-    return " ".join(["sd3kit measure", options.study, *given])
-
-
-def account(options: argparse.Namespace, chosen: list[str], out: Path) -> list[dict]:
-    """Bytes of the real models by recipe, for one picture of 1024 pixels a side."""
-    models = [options.model] if options.model else list(configs.TRANSFORMER)
-    if models[0] not in configs.TRANSFORMER:
-        raise UserError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {models[0]!r}.")
-    found, size = [], options.size or 1024
-    for model in models:
-        rows = {row: lambda row=row, model=model: peaks(model, row, size) for row in chosen}
-        identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": versions()}
-        found += records.study(rows, out, identity, "sd3kit measure bytes")
+    name, source, device, found = options.model, resolve(options.model), pick_device(), []
+    sizes = options.size or [128 if name == "nano" else 1024]
+    most = largest(name, source, options.weights)
+    if max(sizes) > most:
+        raise UserError(f"--size {max(sizes)} is more than {name} draws: it has places for {most} pixels a side.")
+    with contextlib.ExitStack() as stack:
+        pipe = None
+        if options.weights == "random":
+            pipe = built(options, name, device)
+            if options.study == "memory":  # recipes load from a folder
+                source = stack.enter_context(room(protocol.stored_bytes(*_modules(pipe))))
+                pipe.save_pretrained(source)
+                pipe = None
+                free_memory()
+        bench = Bench(options, name, source, device, pipe)
+        if options.study == "speed":
+            bench.unchanged()
+        for bench.size in sizes:
+            found += records.study(chosen, bench.row, out, bench.identity(), command)
     return found
 
 
-def measured(options: argparse.Namespace, chosen: list[str], out: Path) -> list[dict]:
-    """The rows of the memory or of the speed study, measured here."""
-    name = options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
-    device = pick_device()
-    with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
-        source = resolve(name)
-        if options.weights == "random":
-            if not Path(source).is_dir() and shutil.disk_usage(folder).free < 20 * GIB:
-                raise UserError("random weights are written to disk first: 20 GiB are needed in the temporary folder.")
-            dtype = _dtype(options, name, device)
-            load(name, device="cpu", dtype=dtype, weights="random", quiet=True).save_pretrained(folder)
-            gc.collect()
-            source = folder
-        bench = Bench(options, name, source, device)
-        rows = {row: lambda row=row: bench.row(row) for row in chosen}
-        return records.study(rows, out, bench.identity(), command(options))
+def largest(name: str, source: str, weights: str) -> int:
+    """The pixels a side that a model has positions for.
+
+    Raises:
+        LoadError: the model cannot be reached, or there are no random weights of it.
+    """
+    if weights == "random" and name in configs.TRANSFORMER:
+        config = configs.TRANSFORMER[name]
+    elif weights == "random" and name != "nano":
+        raise LoadError(f"random weights are there for nano, {', '.join(configs.TRANSFORMER)} only, not for {name!r}.")
+    else:
+        try:
+            config = SD3Transformer2DModel.load_config(source, subfolder="transformer")
+        except Exception as error:
+            raise LoadError(explain(error, name, source) or f"{name} cannot be read: {error}") from error
+    return 8 * config["patch_size"] * config["pos_embed_max_size"]
+
+
+def built(options: argparse.Namespace, name: str, device: str):
+    """A model of random weights, built on the device itself; where it does not fit there, on the processor."""
+    settings = {"dtype": _dtype(options, name, device), "weights": "random", "quiet": True}
+    try:
+        return load(name, device=device, **settings)
+    except LoadError:
+        if device == "cpu" or options.study == "speed":
+            raise
+    return load(name, device="cpu", **settings)
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """A temporary folder for so many bytes: in memory where there is plenty, since a disk is slow to write and read."""
+    memory = Path("/dev/shm") if psutil.virtual_memory().available > 3 * size + 16 * GIB else None
+    memory = memory if memory and memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * size else None
+    with tempfile.TemporaryDirectory(prefix="sd3kit-", dir=memory) as folder:
+        if shutil.disk_usage(folder).free < 1.1 * size:
+            raise UserError(f"random weights are written first: {1.1 * size / GIB:.0f} GiB are needed in {folder}.")
+        yield folder
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "diffusers", "transformers", "bitsandbytes", "torchao"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return records.versions("torch", "diffusers", "transformers", "bitsandbytes", "torchao")
 
 
 def _dtype(options: argparse.Namespace, name: str, device: str) -> torch.dtype:
@@ -127,41 +122,39 @@ def _dtype(options: argparse.Namespace, name: str, device: str) -> torch.dtype:
 
 
 class Bench:
-    """One model on one machine; `row` measures a recipe or a speed-up by the same protocol."""
+    """One model on one machine; `row` measures a recipe or a speed-up by the same protocol.
 
-    def __init__(self, options: argparse.Namespace, name: str, source: str, device: str):
+    The speed study loads the model once, or is given it: each of its rows changes a copy of the transformer and of the
+    decoder, so the device holds these twice; what is not in use is not counted in the peak.
+    """
+
+    def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, pipe=None):
         self.options, self.name, self.source, self.device = options, name, source, device
+        self.size = 128 if name == "nano" else 1024
         self.dtype = _dtype(options, name, device)
         self.prompts = PROMPTS[: options.calls]
-        self._reference: tuple[list, dict] | None = None
+        self.pipe = pipe
+        self._references: dict[int, tuple[list, dict]] = {}
+        self._moment: tuple[int, float] | None = None  # the size, and eager's seconds after the last row
         self._encoders = 0  # bytes of the text encoders
 
     def identity(self) -> dict:
         """What two records must share to be the same measurement."""
-        machine = torch.cuda.get_device_name() if self.device == "cuda" else records.processor()
         weights = self.options.weights
-        if self.name == "nano" and weights == "trained":
-            digest = hashlib.sha256()
-            for file in sorted(NANO.rglob("*.safetensors")):
-                digest.update(file.read_bytes())
-            weights = digest.hexdigest()[:16]
         return {
             "study": self.options.study,
             "model": self.name,
-            "weights": weights,
+            "weights": records.weights() if self.name == "nano" and weights == "trained" else weights,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "size": self.size(),
+            "size": self.size,
             "steps": self.options.steps,
             "calls": self.options.calls,
             "cap_gb": self.options.cap_gb,
             "device": self.device,
-            "machine": machine,
+            "machine": torch.cuda.get_device_name() if self.device == "cuda" else records.processor(),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
-
-    def size(self) -> int:
-        return self.options.size or (128 if self.name == "nano" else 1024)
 
     def draw(self, pipe, i: int, inputs: dict | None = None, **extra):
         """Picture i: prompt i, seed i."""
@@ -169,40 +162,48 @@ class Bench:
         settings = {
             "generator": torch.Generator().manual_seed(i),
             "num_inference_steps": self.options.steps,
-            "height": self.size(),
-            "width": self.size(),
+            "height": self.size,
+            "width": self.size,
             "guidance_scale": 7.0,
         }
         return pipe(**(inputs[prompt] if inputs else {"prompt": prompt}), **settings | extra).images[0]
 
-    def make(self, recipe: Recipe):
+    def make(self, name: str):
         """The pipeline of a recipe, and the inputs by prompt where the recipe computed them."""
+        build = RECIPES[name].build
+        extra = {"prompts": self.prompts} if "prompts" in inspect.signature(build).parameters else {}
         with undisturbed(local=Path(self.source).is_dir()):
-            takes_prompts = "prompts" in inspect.signature(recipe.build).parameters
-            extra = {"prompts": self.prompts} if takes_prompts else {}
-            made = recipe.build(self.source, self.dtype, self.device, **extra)
+            made = build(self.source, self.dtype, self.device, **extra)
         pipe, inputs = made if isinstance(made, tuple) else (made, None)
         pipe.set_progress_bar_config(disable=True)
         return pipe, inputs
 
+    def unchanged(self):
+        """The speed study's pipeline as it was loaded."""
+        if self.pipe is None:
+            self.pipe = load(self.source, device=self.device, dtype=self.dtype, quiet=True)
+        self.pipe.set_progress_bar_config(disable=True)
+        return self.pipe
+
     def reference(self) -> tuple[list, dict]:
-        """The default's pictures, and what one picture must cost; made once, without the cap."""
-        if self._reference is None:
+        """The default's pictures, and what one picture must cost; made once a size, without the cap."""
+        if self.size not in self._references:
             self._cap(None)
             # where the default does not fit, offloading draws the same pictures
-            for recipe in ("default", "model_offload", "sequential_offload"):
+            ways = ("default",) if self.options.study == "speed" else ("default", "model_offload", "sequential_offload")
+            for name in ways:
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    self._reference = self._drawn(recipe)
+                    self._references[self.size] = self._drawn(name)
                     break
                 gc.collect()
-            if self._reference is None:
-                raise UserError(f"{self.name} does not fit on this GPU even with every layer offloaded.")
+            else:
+                raise UserError(f"{self.name} does not fit on this GPU, by {' or '.join(ways)}: use a smaller model.")
             protocol.machine(self.device, self.dtype)
             self._cap(self.options.cap_gb)
-        return self._reference
+        return self._references[self.size]
 
-    def _drawn(self, recipe: str) -> tuple[list, dict]:
-        pipe, _ = self.make(RECIPES[recipe])
+    def _drawn(self, name: str) -> tuple[list, dict]:
+        pipe = self.unchanged() if self.options.study == "speed" else self.make(name)[0]
         self._encoders = protocol.stored_bytes(*(getattr(pipe, part) for part in ENCODERS))
         pictures = [self.draw(pipe, i) for i in range(self.options.calls)]
         return pictures, protocol.count(lambda: self.draw(pipe, 0), _modules(pipe), self.device)
@@ -213,52 +214,65 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib / total))
 
     def row(self, name: str) -> dict:
-        """Time, peak memory, floor and quality of one recipe or speed-up.
+        """Time, peak memory, floor and quality of one recipe or speed-up at `size`.
 
         A machine that others share drifts, within minutes and by more than some speed-ups are worth. So each of them
         has the unchanged pipeline measured beside it: `eager` holds its seconds right before and right after.
         """
-        if self.options.study != "speed":
-            return self._row(name)
-        self.reference()  # sets the cap
-        eager, figures = [self._eager()], self._row(name)
+        reference, counted = self.reference()
+        if self.options.study == "memory":
+            return self._memory(name, reference, counted)
+        fresh = self._moment is None or self._moment[0] != self.size
+        eager = [self._eager() if fresh else self._moment[1]]
+        figures, self._moment = self._speed(name, reference, counted), None
         with contextlib.suppress(torch.OutOfMemoryError):  # what the row found is kept
-            eager.append(self._eager())
+            self._moment = self.size, self._eager()
+            eager.append(self._moment[1])
         return figures | {"eager": eager}
 
     def _eager(self) -> float:
         torch._dynamo.reset()
         free_memory()
-        pipe, _ = self.make(RECIPES["default"])
-        return protocol.timed(lambda i: self.draw(pipe, i), n=min(5, self.options.calls), warmup=1)["median"]
+        return protocol.timed(lambda i: self.draw(self.unchanged(), i), n=min(3, self.options.calls), warmup=1)[
+            "median"
+        ]
 
-    def _row(self, name: str) -> dict:
-        reference, counted = self.reference()
+    def _memory(self, name: str, reference: list, counted: dict) -> dict:
         free_memory()
-        speed = self.options.study == "speed"
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        pipe, inputs = self.make(RECIPES["default"] if speed else RECIPES[name])
+        pipe, inputs = self.make(name)
         making = time.perf_counter() - start
-        # a recipe that encodes the prompts first may have its peak there
-        building = self._encoders if inputs else 0
-        if self.device == "cuda":
-            building = torch.cuda.max_memory_allocated()
+        loading = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        # a recipe that encodes the prompts first may have its peak there, in another process even
+        loading = max(loading, self._encoders if inputs else 0)
+        if inputs or RECIPES[name].without:  # what does less work has a floor of its own
+            counted = protocol.count(lambda: self.draw(pipe, 0, inputs), _modules(pipe), self.device)
+        figures = self._figures(pipe, inputs, {}, reference, counted) | {"loading_peak": loading}
+        figures["device_peak"] = max(figures["device_peak"], loading)
+        return figures | ({"encoding": making} if inputs else {})  # of all prompts, with loading, outside the calls
+
+    def _speed(self, name: str, reference: list, counted: dict) -> dict:
+        base = self.unchanged()
+        parts = ("transformer", "vae", *(ENCODERS if name in WHOLE else ()))
+        kept = [getattr(base, part) for part in parts]
+        idle = protocol.stored_bytes(*kept) if self.device == "cuda" else 0
+        pipe = type(base)(**base.components | {part: copy.deepcopy(getattr(base, part)) for part in parts})
+        pipe.set_progress_bar_config(disable=True)
         precision, inductor = torch.get_float32_matmul_precision(), torch._inductor.config
         try:
             # what a speed-up sets for the whole process is put back after its row
             flags = {flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}
             with inductor.patch(flags | {"force_disable_caches": True}):  # a first call is not one from the disk
-                extra = SPEEDUPS[name](pipe) if speed else {}
-                less = name not in COMPILED if speed else bool(inputs or RECIPES[name].without)
-                if less:  # what does less work has a floor of its own
-                    counted = protocol.count(lambda: self.draw(pipe, 0, inputs, **extra), _modules(pipe), self.device)
-                figures = self._figures(pipe, inputs, extra, reference, counted)
-                apart = {"encoding": making} if inputs else {}  # of all prompts, with loading, outside the calls
-                return figures | {"device_peak": max(figures["device_peak"], building)} | apart
+                extra = SPEEDUPS[name](pipe)
+                if name not in SAME_WORK:  # what does less work has a floor of its own
+                    self.draw(pipe, 0, **extra)  # a cache may learn from a first picture
+                    counted = protocol.count(lambda: self.draw(pipe, 0, **extra), _modules(pipe), self.device)
+                figures = self._figures(pipe, None, extra, reference, counted)
         finally:
             torch.set_float32_matmul_precision(precision)
+        return figures | {"device_peak": figures["device_peak"] - idle}
 
     def _figures(self, pipe, inputs, extra: dict, reference: list, counted: dict) -> dict:
         calls, pictures = self.options.calls, {}
@@ -269,11 +283,10 @@ class Bench:
         times = protocol.timed(call, n=calls, warmup=self.options.warmup)
         memory = protocol.peak(lambda: call(0), _modules(pipe), self.device)
         memory.pop("result")
-        limits = protocol.machine(self.device, pipe.vae.dtype)
         figures = times | memory | {
             "operations": counted["operations"],
             "bytes": counted["bytes"],
-            "floor": protocol.floor(counted, limits),
+            "floor": protocol.floor(counted, protocol.machine(self.device, pipe.vae.dtype)),
             "stored_bytes": protocol.stored_bytes(*_modules(pipe)),
             "distance": distance([pictures[i] for i in range(calls)], reference[:calls]),
         }  # fmt: skip
@@ -284,48 +297,3 @@ class Bench:
 
 def _modules(pipe) -> list[torch.nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-
-
-def distance(pictures: list, reference: list) -> float:
-    """The root mean square difference of pictures to their references, in 0..255; the same seeds and prompts."""
-    import numpy as np
-
-    pairs = zip(pictures, reference, strict=True)
-    squares = [((np.asarray(a, np.float32) - np.asarray(b, np.float32)) ** 2).mean() for a, b in pairs]
-    return float(np.sqrt(np.mean(squares)))
-
-
-def adherence(pictures: list, prompts: tuple[str, ...]) -> dict:
-    """The share of nano's pictures with the subject and the background that were asked for."""
-    from ..recipe.judge import Judge
-
-    judge, answers = Judge(), []
-    for picture, prompt in zip(pictures, prompts, strict=False):
-        found = judge.subject(picture)
-        words = prompt.split(",")[0].split()
-        answers.append(found is not None and found[0] == words[1] and judge.background(picture) == words[4])
-    return records.share(answers)
-
-
-def of_eager(record: dict) -> tuple[float, float, float]:
-    """A row's time as a share of eager's beside it: by the mean of both moments, and the range between them."""
-    eager = record["eager"]
-    return tuple(record["median"] / t for t in (sum(eager) / len(eager), max(eager), min(eager)))
-
-
-def table(rows: list[dict], study: str) -> str:
-    """The records for the terminal."""
-    lines = []
-    for r in rows:
-        if "raises" in r or "out_of_memory" in r:
-            figures = "out of memory" if "out_of_memory" in r else r["raises"]
-        elif study == "bytes":
-            figures = f"GPU {r['device'] / GIB:6.2f} GiB   RAM {r['host'] / GIB:6.2f} GiB   ({r['stage']})"
-        else:
-            figures = f"{r['median']:8.3f} s ({r['low']:.3f} to {r['high']:.3f}), floor {r['floor']:.3f} s, "
-            figures += f"peak {r['device_peak'] / GIB:.3f} GiB, distance {r['distance']:.1f}"
-            figures += f", right {r['right']['share']:.0%}" if "right" in r else ""
-            figures += ", {:.2f} ({:.2f} to {:.2f}) of eager's time".format(*of_eager(r)) if "eager" in r else ""
-            figures += f", and {r['encoding']:.1f} s before, to encode the prompts" if "encoding" in r else ""
-        lines.append(f"{r['model'] + ' ' if study == 'bytes' else ''}{r['row']:<26} {figures}")
-    return "\n".join(lines)

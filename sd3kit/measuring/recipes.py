@@ -1,68 +1,28 @@
 """Ways to make SD3 fit, each the few lines of diffusers that one would write in a notebook.
 
-A recipe takes `model` (a folder or a Hub id), `dtype` (what to compute in) and `device`, and returns a pipeline;
-`precomputed_prompt` returns the inputs of its prompts too. The decorator says what `sd3kit.account` must
-know to account its bytes. A recipe that cannot work on a device raises the library's own error.
+A recipe takes `model` (a folder or a Hub id), `dtype` (what to compute in) and `device`, and returns a pipeline; those
+that encode the prompt first return its inputs too. One that cannot work on a device raises the library's own error.
+Three helpers: `stream` moves parts while they are used, `nf4` stores a part in four bits, `tile` decodes in tiles.
 """
 
 import dataclasses
+import functools
+import multiprocessing
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import diffusers
 import torch
-from diffusers import BitsAndBytesConfig
+import transformers
 from diffusers.hooks import apply_group_offloading
-from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
-from transformers import T5EncoderModel
 
-from ..loading.pipeline import with_dtype
+from ..loading.pipeline import undisturbed, with_dtype
+from .plan import ENCODERS, RECIPES, Recipe, recipe
 
 StableDiffusion3Pipeline = with_dtype(diffusers.StableDiffusion3Pipeline)
 SD3Transformer2DModel = with_dtype(diffusers.SD3Transformer2DModel)
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A recipe and what it keeps where.
-
-    Attributes:
-        build: (model, dtype, device) to a pipeline, or to a pipeline and {prompt: inputs}.
-        keeps: what is on the device at one time: "all", "part" (of the pipeline), "block", "leaf" (a layer), "stage"
-            (the text encoders, then the rest), or "rest" (the rest always, the text encoders layer by layer).
-        bits: stored bits of the linear weights of a part; 16 where it is not named.
-        straight: the parts that are loaded straight onto the device, not by way of the processor's memory.
-        every_linear: no linear layer is left out of the fewer bits (bitsandbytes leaves the T5's `wo` in float32).
-        skips: layers with one of these in their name keep their 16 bits.
-        without: the parts that are left out.
-        tiles: the autoencoder decodes in this many tiles along a side.
-    """
-
-    build: Callable[..., Any]
-    keeps: str = "all"
-    bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    straight: tuple[str, ...] = ()
-    every_linear: bool = False
-    skips: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    tiles: int = 1
-
-    @property
-    def name(self) -> str:
-        return self.build.__name__
-
-
-RECIPES: dict[str, Recipe] = {}
-
-
-def recipe(**facts: Any) -> Callable:
-    def register(build: Callable) -> Callable:
-        RECIPES[build.__name__] = Recipe(build, **facts)
-        return build
-
-    return register
+T5EncoderModel = transformers.T5EncoderModel
 
 
 # ---- the announcement's four ----------------------------------------------------------------------------------------
@@ -73,14 +33,14 @@ def default(model, dtype, device):
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype).to(device)
 
 
-@recipe(keeps="part")
+@recipe(keeps="part", moves="copy")
 def model_offload(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.enable_model_cpu_offload()
     return pipe
 
 
-@recipe(keeps="part", without=("text_encoder_3",))
+@recipe(keeps="part", moves="copy", without=("text_encoder_3",))
 def model_offload_without_t5(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, text_encoder_3=None, tokenizer_3=None)
     pipe.enable_model_cpu_offload()
@@ -89,12 +49,12 @@ def model_offload_without_t5(model, dtype, device):
 
 @recipe(bits={"text_encoder_3": 8}, straight=("text_encoder_3",))
 def t5_int8(model, dtype, device):
-    config = TransformersBitsAndBytesConfig(load_in_8bit=True)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     t5 = T5EncoderModel.from_pretrained(model, subfolder="text_encoder_3", quantization_config=config, dtype=dtype)
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, text_encoder_3=t5, device_map="balanced")
 
 
-# ---- leaving out, and moving ----------------------------------------------------------------------------------------
+# ---- leaving out ----------------------------------------------------------------------------------------------------
 
 
 @recipe(without=("text_encoder_3",))
@@ -103,61 +63,73 @@ def without_t5(model, dtype, device):
     return pipe.to(device)
 
 
-@recipe(keeps="stage")
-def precomputed_prompt(model, dtype, device, prompts=("a fox on a blue background, flat",)):
-    encoders = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=None, vae=None).to(device)
+def encode(model, dtype, device, prompts, **loading):
+    encoders = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=None, vae=None, **loading)
+    encoders = encoders if loading else encoders.to(device)
     names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
     with torch.no_grad():
-        inputs = {p: dict(zip(names, encoders.encode_prompt(p, p, p), strict=True)) for p in prompts}
-    del encoders
-    dropped = dict.fromkeys((*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3"))
-    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **dropped).to(device), inputs
+        return {p: dict(zip(names, encoders.encode_prompt(p, p, p), strict=True)) for p in prompts}
 
 
-@recipe(keeps="leaf")
+WITHOUT_ENCODERS = dict.fromkeys((*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3"))
+ONE = ("a fox on a blue background, flat",)
+
+
+@recipe(keeps="stage", moves="load")
+def precomputed_prompt(model, dtype, device, prompts=ONE):
+    inputs = encode(model, dtype, device, prompts)
+    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **WITHOUT_ENCODERS).to(device), inputs
+
+
+def encode_apart(model, dtype, device, prompts):
+    with undisturbed(local=True):
+        inputs = encode(model, dtype, device, prompts, device_map="balanced")
+    return {p: {name: embeds.float().cpu().numpy() for name, embeds in i.items()} for p, i in inputs.items()}
+
+
+@recipe(keeps="stage", moves="load", straight=(*ENCODERS, "transformer", "vae"))
+def prompt_apart(model, dtype, device, prompts=ONE):
+    # in a process of its own: all that the encoders took ends with it, and they never cross the processor's memory
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        inputs = apart.submit(encode_apart, model, dtype, device, prompts).result()
+    inputs = {p: {n: torch.from_numpy(e).to(device, dtype) for n, e in i.items()} for p, i in inputs.items()}
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, device_map="balanced", **WITHOUT_ENCODERS)
+    return pipe, inputs
+
+
+# ---- moving ---------------------------------------------------------------------------------------------------------
+
+
+@recipe(keeps="leaf", moves="copy")
 def sequential_offload(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.enable_sequential_cpu_offload()
     return pipe
 
 
-@recipe(keeps="block")
+def stream(device, *parts, use_stream=True, offload_type="leaf_level", **more):
+    place = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
+    for part in parts:
+        apply_group_offloading(part, **place, offload_type=offload_type, use_stream=use_stream, **more)
+
+
+@recipe(keeps="block", moves="copy")
 def group_offload_block(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    place = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
     # the T5's layers are one level deeper than block_level looks, so it would come as a whole
-    for part in (*(getattr(pipe, name) for name in ENCODERS), pipe.vae):
-        apply_group_offloading(part, **place, offload_type="leaf_level")
-    apply_group_offloading(pipe.transformer, **place, offload_type="block_level", num_blocks_per_group=1)
+    stream(device, *(getattr(pipe, name) for name in ENCODERS), pipe.vae, use_stream=False)
+    stream(device, pipe.transformer, use_stream=False, offload_type="block_level", num_blocks_per_group=1)
     return pipe
 
 
-@recipe(keeps="leaf")
-def group_offload_leaf(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
-    return pipe
-
-
-@recipe(keeps="leaf")
+@recipe(keeps="leaf", moves="stream")
 def group_offload_stream(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
     return pipe
 
 
-@recipe(keeps="rest")
-def encoders_offload_stream(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    place = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
-    for name in ENCODERS:  # they run once a picture, the transformer in every step
-        apply_group_offloading(getattr(pipe, name), **place, offload_type="leaf_level", use_stream=True)
-    pipe.transformer.to(device)
-    pipe.vae.to(device)
-    return pipe
-
-
-@recipe(keeps="leaf")
+@recipe(keeps="leaf", moves="load")
 def group_offload_disk(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.offload_folder = tempfile.TemporaryDirectory(prefix="sd3kit-")  # lives as long as the pipeline
@@ -165,14 +137,20 @@ def group_offload_disk(model, dtype, device):
     # its embedding has two names, and the second would be saved after the first was emptied (diffusers 0.42.1).
     parts = [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3.encoder, pipe.transformer, pipe.vae]
     for i, part in enumerate(parts):
-        folder = f"{pipe.offload_folder.name}/{i}"
-        apply_group_offloading(
-            part, onload_device=torch.device(device), offload_type="leaf_level", offload_to_disk_path=folder
-        )
+        stream(device, part, use_stream=False, offload_to_disk_path=f"{pipe.offload_folder.name}/{i}")
     return pipe
 
 
-@recipe()
+@recipe(keeps="rest", moves="stream")
+def encoders_offload_stream(model, dtype, device, **parts):
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **parts)
+    stream(device, *(getattr(pipe, name) for name in ENCODERS))  # once a picture; the transformer runs in every step
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    return pipe
+
+
+@recipe(straight=(*ENCODERS, "transformer", "vae"))
 def sharded(model, dtype, device):
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, device_map="balanced")
 
@@ -180,77 +158,112 @@ def sharded(model, dtype, device):
 # ---- fewer bits -----------------------------------------------------------------------------------------------------
 
 
-@recipe(bits={"text_encoder_3": 4}, straight=("text_encoder_3",))
+def nf4(model, dtype, part, wo_too=False, **loading):
+    """The transformer or the T5 in NF4; `wo_too`: the T5's `wo` layers too, which transformers keeps in float32."""
+    cls, library = (SD3Transformer2DModel, diffusers) if part == "transformer" else (T5EncoderModel, transformers)
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    if wo_too:
+        # The T5 casts what goes into `wo` to the type that its weight is stored in: uint8 as a rule, which gives wrong
+        # embeddings without a word. And float16 is too small for what comes out of it.
+        settings |= {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = library.BitsAndBytesConfig(load_in_4bit=True, **settings)
+    with mock.patch.object(transformers.T5PreTrainedModel, "_keep_in_fp32_modules", None if wo_too else ["wo"]):
+        return cls.from_pretrained(model, subfolder=part, quantization_config=config, dtype=dtype, **loading)
+
+
+@recipe(bits={"text_encoder_3": 4.5}, straight=("text_encoder_3",))
 def t5_nf4(model, dtype, device):
-    config = TransformersBitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    t5 = T5EncoderModel.from_pretrained(model, subfolder="text_encoder_3", quantization_config=config, dtype=dtype)
+    t5 = nf4(model, dtype, "text_encoder_3")
+    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, text_encoder_3=t5).to(device)
+
+
+@recipe(bits={"text_encoder_3": 4.5}, every_linear=True, straight=("text_encoder_3",))
+def t5_nf4_stored(model, dtype, device):
+    with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:  # keep yours: it is quantised once, on the processor
+        nf4(model, dtype, "text_encoder_3", wo_too=True, device_map="cpu").save_pretrained(folder)
+        with mock.patch.object(transformers.T5PreTrainedModel, "_keep_in_fp32_modules", None):
+            t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, device_map=device)
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, text_encoder_3=t5).to(device)
 
 
 @recipe(bits={"transformer": 8}, straight=("transformer",))
 def transformer_int8(model, dtype, device):
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    transformer = SD3Transformer2DModel.from_pretrained(
+    config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    part = SD3Transformer2DModel.from_pretrained(
         model, subfolder="transformer", quantization_config=config, dtype=dtype
     )
-    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=transformer).to(device)
+    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=part).to(device)
 
 
-@recipe(bits={"transformer": 4}, straight=("transformer",))
+@recipe(bits={"transformer": 4.5}, straight=("transformer",))
 def transformer_nf4(model, dtype, device):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    transformer = SD3Transformer2DModel.from_pretrained(
-        model, subfolder="transformer", quantization_config=config, dtype=dtype
-    )
-    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=transformer).to(device)
+    part = nf4(model, dtype, "transformer")
+    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, transformer=part).to(device)
 
 
-@recipe(bits={"transformer": 4, "text_encoder_3": 4}, straight=("transformer", "text_encoder_3"))
+@recipe(bits={"transformer": 4.5, "text_encoder_3": 4.5}, straight=("transformer", "text_encoder_3"))
 def all_nf4(model, dtype, device):
-    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    config, t5_config = BitsAndBytesConfig(**four_bits), TransformersBitsAndBytesConfig(**four_bits)
-    transformer = SD3Transformer2DModel.from_pretrained(
-        model, subfolder="transformer", quantization_config=config, dtype=dtype
-    )
-    t5 = T5EncoderModel.from_pretrained(model, subfolder="text_encoder_3", quantization_config=t5_config, dtype=dtype)
-    parts = {"transformer": transformer, "text_encoder_3": t5}
+    parts = {part: nf4(model, dtype, part) for part in ("transformer", "text_encoder_3")}
     return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **parts).to(device)
+
+
+@recipe(bits={"transformer": 4.5, "text_encoder_3": 4.5}, every_linear=True, straight=("transformer", "text_encoder_3"))
+def all_nf4_wo(model, dtype, device):
+    parts = {"transformer": nf4(model, dtype, "transformer")}
+    parts["text_encoder_3"] = nf4(model, dtype, "text_encoder_3", wo_too=True)
+    return StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **parts).to(device)
+
+
+@recipe(keeps="rest", moves="stream", bits={"transformer": 4.5}, straight=("transformer",))
+def encoders_stream_nf4(model, dtype, device):
+    return encoders_offload_stream(model, dtype, device, transformer=nf4(model, dtype, "transformer"))
+
+
+def torchao(model, dtype, device, config):
+    from torchao.quantization import quantize_
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
+    for part in (pipe.transformer, pipe.text_encoder_3):
+        quantize_(part, config)
+    return pipe.to(device)
 
 
 @recipe(bits={"transformer": 8, "text_encoder_3": 8}, every_linear=True)
 def torchao_int8(model, dtype, device):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    for part in (pipe.transformer, pipe.text_encoder_3):
-        quantize_(part, Int8WeightOnlyConfig())
-    return pipe.to(device)
+    return torchao(model, dtype, device, Int8WeightOnlyConfig())
 
 
 @recipe(bits={"transformer": 8, "text_encoder_3": 8}, every_linear=True)
 def torchao_float8(model, dtype, device):
-    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+    from torchao.quantization import Float8WeightOnlyConfig
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    for part in (pipe.transformer, pipe.text_encoder_3):
-        quantize_(part, Float8WeightOnlyConfig())
-    return pipe.to(device)
+    return torchao(model, dtype, device, Float8WeightOnlyConfig())
 
 
 # diffusers' own exceptions; "norm" also names SD3's AdaLN modulation, a third of its weights
-@recipe(bits={"transformer": 8}, skips=("pos_embed", "patch_embed", "norm"))
+CAST = {"bits": {"transformer": 8}, "skips": ("pos_embed", "patch_embed", "norm")}
+
+
+@recipe(**CAST)
 def layerwise_casting(model, dtype, device):
     pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     return pipe.to(device)
 
 
+@recipe(keeps="rest", moves="stream", **CAST)
+def encoders_stream_fp8(model, dtype, device):
+    transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype)
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    return encoders_offload_stream(model, dtype, device, transformer=transformer)
+
+
 # ---- the decoder's peak ---------------------------------------------------------------------------------------------
 
 
-@recipe(tiles=2)
-def vae_tiling(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype).to(device)
+def tile(pipe):
     pipe.vae.enable_tiling()
     # a tile is as large as the model's own picture unless told otherwise, and then nothing is tiled
     pipe.vae.tile_sample_min_size //= 2
@@ -258,8 +271,20 @@ def vae_tiling(model, dtype, device):
     return pipe
 
 
-@recipe()
-def vae_slicing(model, dtype, device):
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype).to(device)
-    pipe.vae.enable_slicing()  # decodes a batch picture by picture: nothing to gain with one
-    return pipe
+@recipe(tiles=2)
+def vae_tiling(model, dtype, device):
+    return tile(default(model, dtype, device))
+
+
+def _tiled(plan: Recipe) -> Recipe:
+    @functools.wraps(plan.build)  # takes what it takes, shows its source
+    def build(*arguments, **extra):
+        made = plan.build(*arguments, **extra)
+        return (tile(made[0]), made[1]) if isinstance(made, tuple) else tile(made)
+
+    return dataclasses.replace(plan, build=build, tiles=2)
+
+
+TILED = ("without_t5", "group_offload_stream", "encoders_offload_stream", "t5_int8", "t5_nf4_stored",
+         "all_nf4", "all_nf4_wo", "encoders_stream_nf4", "encoders_stream_fp8")  # fmt: skip
+RECIPES |= {f"{name}_tiled": _tiled(RECIPES[name]) for name in TILED}

@@ -1,13 +1,23 @@
 """Ways to make SD3 faster, each the few lines that one would write in a notebook.
 
 A speed-up takes a loaded pipeline, changes it, and returns what its call needs besides the prompt. Some change the
-picture; how much is measured with them.
+picture; how much is measured with them. What a device lacks is one sentence.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
-from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks import (
+    HookRegistry,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import UserError
 
 INDUCTOR_FLAGS = (
     "conv_1x1_as_mm",
@@ -16,7 +26,20 @@ INDUCTOR_FLAGS = (
     "coordinate_descent_check_all_directions",
 )
 SPEEDUPS: dict[str, Callable] = {}
-COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs")  # the same work in other code
+# The same work in other code: a first call must pay for what these gain. Fewer bits are less work only to kernels.
+COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs", "fp8_compiled", "int8_compiled", "best",
+            "best_fp8")  # fmt: skip
+SAME_WORK = (*COMPILED, "eager", "channels_last", "cudnn_attention", "flash_attention", "attention_backend")
+WHOLE = ("bfloat16", "fp8_compiled", "best_fp8")  # changes the text encoders too
+
+
+def need_cuda(what: str, capability: tuple[int, int] = (0, 0)) -> None:
+    """Raises UserError where there is no CUDA device, or one that is too old."""
+    if not torch.cuda.is_available():
+        raise UserError(f"{what} need a CUDA device, and there is none here.")
+    there = torch.cuda.get_device_capability()
+    if there < capability:
+        raise UserError(f"{what} need a CUDA device of capability {capability}, and this one has {there}.")
 
 
 def speedup(change: Callable) -> Callable:
@@ -61,8 +84,7 @@ def compiled_blocks(pipe):
 
 @speedup
 def cuda_graphs(pipe):
-    if not torch.cuda.is_available():
-        raise RuntimeError("CUDA graphs need a CUDA device; on a processor mode='reduce-overhead' records none.")
+    need_cuda("CUDA graphs")  # on a processor this mode is accepted, and records none
     pipe.transformer.compile(mode="reduce-overhead", fullgraph=True)
     return {}
 
@@ -70,6 +92,86 @@ def cuda_graphs(pipe):
 @speedup
 def channels_last(pipe):
     pipe.vae.to(memory_format=torch.channels_last)
+    return {}
+
+
+def attend_by(pipe, kernel):
+    """The transformer's attention by one of torch's kernels; torch raises where that cannot do it."""
+    forward = pipe.transformer.forward
+
+    @functools.wraps(forward)
+    def inside(*arguments, **named):
+        with sdpa_kernel(kernel):
+            return forward(*arguments, **named)
+
+    pipe.transformer.forward = inside
+
+
+@speedup
+def cudnn_attention(pipe):
+    need_cuda("cuDNN's attention kernels", (8, 0))
+    attend_by(pipe, SDPBackend.CUDNN_ATTENTION)
+    return {}
+
+
+@speedup
+def flash_attention(pipe):
+    need_cuda("flash attention's kernels", (8, 0))
+    attend_by(pipe, SDPBackend.FLASH_ATTENTION)
+    return {}
+
+
+@speedup
+def attention_backend(pipe):
+    """diffusers' own switch between kernels, if it moves anything on SD3: 0.42.1 gives SD3's processor no backend."""
+    pipe.transformer.set_attention_backend("_native_cudnn" if torch.cuda.is_available() else "_native_math")
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    if getattr(processor, "_attention_backend", None) is None:
+        raise UserError("set_attention_backend does nothing on SD3: its processor calls torch's attention itself.")
+    return {}
+
+
+def quantise_dynamically(pipe, config):
+    """The linear layers of the blocks, their inputs too; without the modulation, whose input is a row a picture."""
+    from torchao.quantization import quantize_
+
+    blocks = pipe.transformer.transformer_blocks
+    quantize_(blocks, config, lambda layer, name: isinstance(layer, torch.nn.Linear) and "norm" not in name)
+    pipe.transformer.compile(fullgraph=True)  # fuses what eager does in steps of its own: the rounding of inputs
+
+
+@speedup
+def fp8_compiled(pipe):
+    need_cuda("8-bit float products", (8, 9))
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    pipe.to(torch.bfloat16)  # scales a row are for bfloat16 alone
+    quantise_dynamically(pipe, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return {}
+
+
+@speedup
+def int8_compiled(pipe):
+    need_cuda("8-bit integer products", (8, 0))
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    quantise_dynamically(pipe, Int8DynamicActivationInt8WeightConfig())
+    return {}
+
+
+@speedup
+def best(pipe):
+    """The announcement's recipe with cuDNN's attention: the same picture, but for rounding."""
+    cudnn_attention(pipe)
+    return compiled(pipe)
+
+
+@speedup
+def best_fp8(pipe):
+    cudnn_attention(pipe)
+    fp8_compiled(pipe)
+    pipe.vae.to(memory_format=torch.channels_last)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
     return {}
 
 
@@ -129,46 +231,21 @@ def attention_broadcast(pipe):
     return {"callback_on_step_end": tell}
 
 
-class BlockCache(torch.nn.Module):
-    """All blocks of a transformer as one: the first always runs; what the others add is used again while the first
-    one's own contribution has changed by less than `threshold`.
-
-    The idea of ParaAttention's first-block cache, which diffusers has too; its version stops on SD3, whose last block
-    returns no text (0.42.1).
-    """
-
-    def __init__(self, blocks: torch.nn.ModuleList, threshold: float = 0.1):
-        super().__init__()
-        self.first, self.rest, self.threshold = blocks[0], blocks[1:], threshold
-        self.forget()
-
-    def forget(self) -> None:
-        self.before = self.added = None
-        self.skipped = self.called = 0
-
-    def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-        text, image = self.first(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        change = image - hidden_states
-        self.called += 1
-        if self.before is not None and self.before.shape == change.shape:
-            if (change - self.before).abs().mean() < self.threshold * self.before.abs().mean():
-                self.skipped += 1
-                return None, image + self.added
-        after = image
-        for block in self.rest:
-            text, after = block(after, text, temb, joint_attention_kwargs)
-        self.before, self.added = change, after - image
-        return None, after
-
-
 @speedup
-def block_cache(pipe):
-    cache = BlockCache(pipe.transformer.transformer_blocks)
-    pipe.transformer.transformer_blocks = torch.nn.ModuleList([cache])
+def mag_cache(pipe, threshold=0.1):
+    """Steps that leave out all blocks and add again what these added last, while that hardly changes in size.
 
-    def forget(pipe, step, timestep, inputs):
-        if step + 1 == pipe.num_timesteps:
-            cache.before = None
+    Hooks of diffusers (arXiv 2506.09045). The first picture runs in full; its ratios of sizes decide in the next ones.
+    """
+    blocks, learnt = pipe.transformer.transformer_blocks, []
+    apply_mag_cache(pipe.transformer, MagCacheConfig(calibrate=True, num_inference_steps=1_000_000))
+    states = blocks[0]._diffusers_hook.get_hook("mag_cache_leader_block_hook").state_manager
+
+    def learn(pipe, step, timestep, inputs):
+        if not learnt and step + 1 == pipe.num_timesteps:
+            learnt.extend(states.get_state().calibration_ratios)
+            config = MagCacheConfig(threshold=threshold, num_inference_steps=len(learnt), mag_ratios=learnt)
+            apply_mag_cache(pipe.transformer, config)
         return {}
 
-    return {"callback_on_step_end": forget}
+    return {"callback_on_step_end": learn}

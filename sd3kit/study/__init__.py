@@ -1,6 +1,6 @@
 """Stored studies: the lessons' figures with intervals. `python -m sd3kit.study NAME` measures one again.
 
-`store` says how rows are stored and continued, `drawing`, `training` and `teaching` what is measured.
+`store` says what a study is and where its rows are, `drawing`, `training` and `teaching` what is measured.
 """
 
 from .drawing import overlap

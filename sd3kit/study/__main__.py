@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from .. import records
+from ..errors import answer
 from .drawing import STUDIES as DRAWING
 from .store import run
 from .teaching import STUDIES as TEACHING
@@ -24,9 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="the folder of the records (%(default)s)")
     options = parser.parse_args(arguments)
-    for name in options.names:
-        run(name, STUDIES[name], options.out)
-    return 0
+
+    def work() -> None:
+        for name in options.names:
+            run(name, STUDIES[name], options.out)
+
+    return answer(work, "stopped; the same command goes on with the rows that are missing.")
 
 
 if __name__ == "__main__":

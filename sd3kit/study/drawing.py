@@ -15,7 +15,8 @@ from ..loading.pipeline import load
 from ..recipe import scenes
 from ..recipe.evaluate import ask, judge_scene, pictures, tally
 from ..recipe.judge import Judge, subject_mask
-from .store import Study, mean
+from ..records import mean
+from .store import Study
 
 LENGTH = 40  # tokens for the T5
 ENCODERS = {"CLIP 1": "1", "CLIP 2": "2", "T5": "3"}
@@ -45,6 +46,13 @@ def without(pipe, embeds: torch.Tensor, pooled: torch.Tensor, encoders: str) -> 
     return embeds, pooled
 
 
+def draw(pipe, encoded: tuple[torch.Tensor, ...], seeds: Sequence[int], **settings) -> list[Image.Image]:
+    """A picture for each of the encoded prompts, given as `encode_prompt` returns them."""
+    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(**dict(zip(names, encoded, strict=True)), generator=generator, **settings).images
+
+
 def draw_encoded(pipe, prompts: Sequence[str], encoders: str = "123", batch: int = 20, **settings) -> list[Image.Image]:
     """A picture for each prompt (seeds from 0) with some of the encoders; the unconditional side keeps all of them."""
     made: list[Image.Image] = []
@@ -52,14 +60,7 @@ def draw_encoded(pipe, prompts: Sequence[str], encoders: str = "123", batch: int
         part = list(prompts[start : start + batch])
         embeds, empty, pooled, empty_pooled = pipe.encode_prompt(part, None, None, max_sequence_length=LENGTH)
         embeds, pooled = without(pipe, embeds, pooled, encoders)
-        made += pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=empty,
-            pooled_prompt_embeds=pooled,
-            negative_pooled_prompt_embeds=empty_pooled,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-            **settings,
-        ).images
+        made += draw(pipe, (embeds, empty, pooled, empty_pooled), range(start, start + len(part)), **settings)
     return made
 
 
@@ -120,16 +121,9 @@ def switch_prompts(pipe, first: list[str], second: list[str], after: int) -> lis
             values["pooled_prompt_embeds"] = torch.cat([two[3], two[2]])
         return values
 
-    embeds, empty, pooled, empty_pooled = two if after == 0 else one
-    return pipe(
-        prompt_embeds=embeds,
-        negative_prompt_embeds=empty,
-        pooled_prompt_embeds=pooled,
-        negative_pooled_prompt_embeds=empty_pooled,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(first))],
-        callback_on_step_end=change,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"],
-    ).images
+    names = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+    extra = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    return draw(pipe, two if after == 0 else one, range(len(first)), **extra)
 
 
 def decided(row: dict, count: int = 20) -> dict:

@@ -18,9 +18,9 @@ from ..dreambooth.model import ATTENTION
 from ..loading.device import environment_alone
 from ..loading.pipeline import load
 from ..recipe.evaluate import pictures
-from ..records import share
+from ..records import mean, share
 from .drawing import tools
-from .store import Study, mean
+from .store import Study
 
 BASE = dict(
     pretrained_model_name_or_path="nano",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sd3kit import study
+from sd3kit import records, study
 from sd3kit.study import drawing, store, teaching, training
 from sd3kit.study.__main__ import STUDIES, main
 from sd3kit.study.store import Study
@@ -31,7 +31,8 @@ def test_rows_are_stored_and_not_measured_twice(tmp_path):
     assert len(calls) == 2
     stored = study.load("squares", tmp_path)
     assert [r["found"]["value"] for r in stored] == [1, 4]
-    assert {"command", "date", "device", "versions", "weights"} <= set(stored[0])
+    assert set(stored[0]) == {"row", "found", "weights", "stamp"}
+    assert {"command", "date", "device", "versions"} <= set(stored[0]["stamp"])
 
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path):
@@ -72,6 +73,16 @@ def test_two_processes_share_the_rows(tmp_path):
     assert sorted((r["row"]["n"], r["found"]["by"]) for r in stored) == [(0, "0"), (1, "0"), (2, "1"), (3, "1")]
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setitem(STUDIES, "encoders", Study("", [{"n": 1}], lambda row: pytest.fail("measured")))
+    assert main(["encoders", "--out", place]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("sd3kit: ") and told.count("\n") == 1
+
+
 def test_what_is_not_stored_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m sd3kit\.study encoders"):
         study.load("encoders", tmp_path)
@@ -95,7 +106,7 @@ def test_stored_rows_are_complete_and_of_the_weights_at_hand(name):
     stored = stored_rows(name)
     assert [r["row"] for r in stored if r["row"] not in STUDIES[name].rows] == []
     assert all(any(r["row"] == row for r in stored) for row in STUDIES[name].rows)
-    assert {r["weights"] for r in stored} == {store.weights(STUDIES[name].parts)}
+    assert {r["weights"] for r in stored} == {records.weights(STUDIES[name].parts)}
 
 
 def shares_agree(stored, measured, n):

@@ -1,5 +1,8 @@
 """What works on SD3: each optimisation of diffusers tried on a small random SD3, with and without QK-norm.
 
+`python tests/measuring/matrix.py` writes the outcomes that lesson 05 draws (sd3kit/results/features.jsonl); a test
+recomputes them.
+
 A feature "works" only when its mechanism is seen at work (a hook that fired, a type, a count) and the output is that of
 the unmodified model. Most change the transformer, some the autoencoder or the pipeline.
 """
@@ -8,10 +11,9 @@ import dataclasses
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
-import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -24,24 +26,10 @@ from diffusers import (
 )
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-from sd3kit.measuring.speedups import BlockCache
+from sd3kit import records
 
+STORED = records.RESULTS / "features.jsonl"
 FEATURES: dict[str, "Feature"] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One row: what a feature did on a model with that `qk_norm`.
-
-    `verdict` is "works", "raises", "no effect" or "changes the result"; `detail` says with what or by how much;
-    `version` is that of diffusers.
-    """
-
-    feature: str
-    qk_norm: str | None
-    verdict: str
-    detail: str
-    version: str = diffusers.__version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +110,11 @@ def feature(tolerance: float = 1e-4, build: Callable = small, run: Callable = ru
     return register
 
 
-def outcome(name: str, qk_norm: str | None) -> Outcome:
-    """Try one feature."""
+def outcome(name: str, qk_norm: str | None) -> dict:
+    """Try one feature on a model with that `qk_norm`.
+
+    The `verdict` is "works", "raises", "no effect" or "changes the result"; `detail` says with what or by how much.
+    """
     tried = FEATURES[name]
     model = tried.build(qk_norm)
     plain = tried.run(model)
@@ -132,18 +123,14 @@ def outcome(name: str, qk_norm: str | None) -> Outcome:
         out = tried.run(model)
     except Exception as error:
         words = (str(error).strip().splitlines() or [""])[0]
-        return Outcome(name, qk_norm, "raises", f"{type(error).__name__}: {words}"[:120])
+        return {"verdict": "raises", "detail": f"{type(error).__name__}: {words}"[:120]}
     far = ((out - plain).norm() / plain.norm()).item()
     if far > tried.tolerance:
-        return Outcome(name, qk_norm, "changes the result", f"by {far:.1%}")
+        return {"verdict": "changes the result", "detail": f"by {far:.1%}"}
     seen = proof()
-    return Outcome(name, qk_norm, "works" if seen else "no effect", f"{seen}; change {far:.0e}" if seen else "")
-
-
-def outcomes() -> Iterator[Outcome]:
-    """Every feature on both kinds of model."""
-    for name, qk_norm in itertools.product(FEATURES, (None, "rms_norm")):
-        yield outcome(name, qk_norm)
+    return (
+        {"verdict": "works", "detail": f"{seen}; change {far:.0e}"} if seen else {"verdict": "no effect", "detail": ""}
+    )
 
 
 @feature()
@@ -420,14 +407,6 @@ def sea_cache(model):
     return after_three_calls(model)
 
 
-@feature()
-def sd3kit_block_cache(model):
-    cache = BlockCache(model.transformer_blocks, threshold=0.1)
-    model.transformer_blocks = torch.nn.ModuleList([cache])
-    run(model)  # the second call, with the same input, comes from the cache
-    return lambda: cache.skipped == 1 and "the second call from the cache"
-
-
 @feature(build=small_pipeline, run=draw)
 def attention_slicing(pipe):
     pipe.enable_attention_slicing(1)
@@ -456,3 +435,22 @@ def tensor_parallel(model):
 
     enable_parallelism(model, TensorParallelConfig(tp_degree=2))
     return lambda: "the weights are shared out"
+
+
+def main() -> None:
+    records.study(
+        [{"feature": name, "qk_norm": qk_norm} for name, qk_norm in itertools.product(FEATURES, (None, "rms_norm"))],
+        lambda row: outcome(row["feature"], row["qk_norm"]),
+        STORED,
+        {
+            "versions": records.versions("torch", "diffusers", "bitsandbytes", "torchao"),
+            "cuda": torch.cuda.is_available(),
+        },
+        "python tests/measuring/matrix.py",
+        tries=False,
+        others=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
