@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +22,18 @@ PATIENCE = 15.0  # seconds for the first answers; what is downloaded after them 
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-class RateLimited(LoadError):
-    """The Hub asks to wait for longer than a person would."""
+class Refused(LoadError):
+    """The Hub answers, and waiting for it is no use: it asks for a long wait, has an error of its own, or is no Hub."""
+
+    def __init__(self, status: int = 0, wait: str = ""):
+        super().__init__(f"{status} {wait}")
+        self.status, self.wait = status, wait
 
 
-def folder(name: str, source: str, variant: str | None = None, given: set[str] = frozenset(), **options: Any) -> Path:
+def folder(name: str, source: str, variant: str | None = None, given: Collection[str] = (), **options: Any) -> Path:
     """The folder of this machine that holds a pipeline of the Hub; what is missing is downloaded.
 
-    Where the Hub fails, a copy that is on this machine is used, and the reason is said on standard error.
+    Where the Hub fails, a copy that is on this machine is used, and that is said on standard error.
 
     Args:
         name: what the person calls it, for the sentences. source: its id, "owner/name".
@@ -41,48 +45,68 @@ def folder(name: str, source: str, variant: str | None = None, given: set[str] =
     """
     from diffusers import StableDiffusion3Pipeline
 
-    def download(**more: Any) -> Path:
-        asked = dict.fromkeys(given) | {"use_safetensors": True, "variant": variant} | options | more
-        return Path(StableDiffusion3Pipeline.download(source, **asked))
+    asked = dict.fromkeys(given) | {"use_safetensors": True, "variant": variant} | options
 
-    try:
+    def online() -> Path:
+        _first_answers(source, "model_index.json", options)
         with guarded():
-            within(PATIENCE, lambda: _first_answers(source, options))
-            return download()
-    except Exception as error:
-        sentence = explain(error, name, source)
-        if sentence is None:
-            raise
-        if not _final(error):
-            with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
-                there = download(local_files_only=True)
-                print(f"sd3kit: the copy of {name} on this machine is used, for: {sentence}", file=sys.stderr)
-                return there
-        raise LoadError(sentence) from (None if _tells_the_token(error) else error)
+            return StableDiffusion3Pipeline.download(source, **asked)
+
+    return _or_copy(
+        name, source, online, lambda: StableDiffusion3Pipeline.download(source, **asked | {"local_files_only": True})
+    )
 
 
 def file(name: str, source: str, path: str, **options: Any) -> Path:
-    """One file of a model of the Hub or of a folder, as `folder` gives all of them; small ones only."""
+    """One small file of a model: of a folder, or of the Hub as `folder` gives all of them.
+
+    Raises:
+        LoadError: as `folder`.
+    """
     from huggingface_hub import hf_hub_download
 
     if os.path.isdir(source):
         return Path(source, path)
+    return _or_copy(
+        name, source,
+        lambda: _first_answers(source, path, options),
+        lambda: hf_hub_download(source, path, **options | {"local_files_only": True}),
+    )  # fmt: skip
+
+
+def _or_copy(name: str, source: str, online: Callable[[], Any], offline: Callable[[], Any]) -> Path:
     try:
-        with guarded():
-            return Path(within(PATIENCE, lambda: hf_hub_download(source, path, **options)))
+        return Path(online())
     except Exception as error:
         sentence = explain(error, name, source)
         if sentence is None:
             raise
-        raise LoadError(sentence) from (None if _tells_the_token(error) else error)
+        kinds = {type(e).__name__ for e in _chain(error)}
+        if not kinds & {"RevisionNotFoundError", "HFValidationError", "PermissionError"}:
+            with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
+                there = Path(offline())
+                if "OfflineModeIsEnabled" not in kinds:  # which a person has asked for
+                    note = f"the Hub could not be asked ({type(error).__name__}); the copy of {name} here is used."
+                    print(f"sd3kit: {note}", file=sys.stderr)
+                return there
+        # h11 and httpx quote a header that they refuse, and that may be the token
+        raise LoadError(sentence) from (None if "LocalProtocolError" in kinds else error)
 
 
-def _first_answers(source: str, options: dict) -> None:
+def _first_answers(source: str, path: str, options: dict) -> str:
+    """Ask for the model and one small file of it, within patience: what is wrong with a Hub shows here."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    if not options.get("local_files_only"):
-        HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
-    hf_hub_download(source, "model_index.json", **options)
+    def ask() -> str:
+        if not options.get("local_files_only"):
+            try:
+                HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise Refused() from error  # JSON, but not a Hub's
+        return hf_hub_download(source, path, **options)
+
+    with guarded(first=True):
+        return within(PATIENCE, ask)
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
@@ -111,10 +135,11 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
+def guarded(first: bool = False) -> Iterator[None]:
     """Watch what huggingface_hub asks meanwhile: no token goes over plain http, and no wait is longer than patience.
 
-    The hooks are those of its HTTP client; they are taken off again.
+    The hooks are those of its HTTP client; they are taken off again. With `first`, an error of the server is not waited
+    out either.
     """
     from huggingface_hub import get_session
 
@@ -122,7 +147,7 @@ def guarded() -> Iterator[None]:
     before = {key: list(hooks) for key, hooks in client.event_hooks.items()}
     client.event_hooks = {
         "request": [*before.get("request", []), _keep_token],
-        "response": [*before.get("response", []), _no_long_wait],
+        "response": [*before.get("response", []), lambda response: _no_long_wait(response, first)],
     }
     try:
         yield
@@ -144,14 +169,15 @@ def _keep_token(request) -> None:
         _warned.add(request.url.host)
 
 
-def _no_long_wait(response) -> None:
-    if response.status_code != 429:
-        return
-    wait = response.headers.get("retry-after", "").strip()
-    if not wait.isdigit():
-        _, _, wait = response.headers.get("ratelimit", "").replace(" ", "").rpartition(";t=")
-    if not wait.isdigit() or int(wait) > PATIENCE:
-        raise RateLimited(wait)
+def _no_long_wait(response, first: bool) -> None:
+    if response.status_code == 429:
+        wait = response.headers.get("retry-after", "").strip()
+        if not wait.isdigit():
+            _, _, wait = response.headers.get("ratelimit", "").replace(" ", "").rpartition(";t=")
+        if first or not wait.isdigit() or int(wait) > PATIENCE:
+            raise Refused(429, wait if wait.isdigit() else "")
+    elif first and response.status_code >= 500:
+        raise Refused(response.status_code)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -161,17 +187,6 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(link)
         link = link.__cause__ or link.__context__
     return chain
-
-
-def _final(error: BaseException) -> bool:
-    """Whether a copy on this machine is no answer: the Hub has said no, or the question is wrong."""
-    names = {type(e).__name__ for e in _chain(error)}
-    return bool(names & {"RevisionNotFoundError", "HFValidationError", "LocalEntryNotFoundError", "PermissionError"})
-
-
-def _tells_the_token(error: BaseException) -> bool:
-    """h11 and httpx quote a header that they refuse, and that may be the token."""
-    return any(type(e).__name__ == "LocalProtocolError" for e in _chain(error))
 
 
 def explain(error: BaseException, name: str, source: str) -> str | None:
@@ -197,10 +212,8 @@ def explain(error: BaseException, name: str, source: str) -> str | None:
                 f"There is no permission for {e.filename or 'the cache'}, where the Hub's models are kept: set HF_HOME "
                 "to a folder of your own, or change its permissions."
             )
-    for e in chain:
-        if isinstance(e, RateLimited):
-            wait = f"in {int(str(e)) // 60 + 1} minutes" if str(e) else "later"
-            return f"{hub} has had too many questions from you (429): try again {wait}, or log in with `hf auth login`."
+    refused = next((e for e in chain if isinstance(e, Refused)), None)
+    status = refused.status if refused else status
     if kinds & {"GatedRepoError"}:
         return f"{name} is gated: accept its licence at {page}, log in once with `hf auth login`, and run this again."
     if kinds & {"DisabledRepoError"}:
@@ -220,12 +233,15 @@ def explain(error: BaseException, name: str, source: str) -> str | None:
     if status == 403:
         return f"{hub} does not let you have {source} (403): use a token that may, made at {place}/settings/tokens."
     if status == 429:
-        return f"{hub} has had too many questions from you (429): try again later, or log in with `hf auth login`."
+        wait = f"in {int(refused.wait) // 60 + 1} minutes" if refused and refused.wait else "later"
+        return f"{hub} has had too many questions from you (429): try again {wait}, or log in with `hf auth login`."
     if status is not None and status >= 500:
         return f"{hub} has an error of its own ({status}): try again in some minutes, or use nano, which needs no Hub."
+    if kinds & {"TimeoutError", "TimeoutException", "Timeout"}:
+        return f"{hub} does not answer in time: check the network, try again later, or use nano, which needs none."
     if kinds & {"TooManyRedirects"}:
         return f"{hub} sends every question on in a circle: check HF_ENDPOINT, or the network's sign-in page."
-    if kinds & {"JSONDecodeError", "FileMetadataError", "UnicodeDecodeError", "DecodingError"}:
+    if refused or kinds & {"JSONDecodeError", "FileMetadataError", "UnicodeDecodeError", "DecodingError"}:
         return f"What answers at {place} is not a Hub: check HF_ENDPOINT, or the network's sign-in page."
     if kinds & {"UnsupportedProtocol", "InvalidURL"}:
         return f"HF_ENDPOINT is {place!r}, which is no address: use https://huggingface.co, or leave it out."
@@ -242,8 +258,6 @@ def explain(error: BaseException, name: str, source: str) -> str | None:
         )
     if kinds & {"SSLError", "SSLCertVerificationError"} or any("CERTIFICATE" in str(e) for e in chain):
         return f"The certificate of {place} is not trusted here: check the clock and the network's sign-in page."
-    if kinds & {"TimeoutError", "TimeoutException", "Timeout"}:
-        return f"{hub} does not answer in time: check the network, try again later, or use nano, which needs none."
     if kinds & {"ConnectionError", "NetworkError", "ProxyError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
         return (
             f"{name} is not on this machine and {hub[0].lower() + hub[1:]} cannot be reached: check the network, or "

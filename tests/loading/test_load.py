@@ -118,7 +118,7 @@ def test_an_error_of_another_kind_is_not_disguised():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "meta", ""])
 def test_a_device_that_is_not_there(device, monkeypatch):
-    with pytest.raises(sd3kit.LoadError, match="device asks for .* use .*cpu"):
+    with pytest.raises(sd3kit.LoadError, match=r"device asks for .* use .*cpu"):
         sd3kit.load(device=device)
     if device:
         monkeypatch.setenv("SD3KIT_DEVICE", device)
