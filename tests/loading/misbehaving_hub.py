@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         mode, rest = (path[3], path[4:]) if asks_api else (path[1], path[2:])
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             late = mode.startswith("late-")  # the model's page is well, its files are not
-            if late and asks_api or mode == "good":
+            if (late and asks_api) or mode == "good":
                 self.well(asks_api, rest)
             else:
                 getattr(self, mode.removeprefix("late-").replace("-", "_"))()
@@ -124,7 +124,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
-        self.rfile = self.wfile = open("/dev/null", "r+b")  # noqa: SIM115
+        self.rfile = self.wfile = open("/dev/null", "r+b")
 
     def no_http(self):
         self.connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
