@@ -166,11 +166,20 @@ def test_random_knows_only_the_named_models():
 @pytest.mark.parametrize(("name", "billions"), [("medium", 2.03), ("3.5-medium", 2.24), ("3.5-large", 8.06)])
 def test_configurations_give_the_published_sizes(name, billions):
     """Rounded by their cards: Medium 2B (the announcement), 3.5 Medium 2.5B, 3.5 Large 8.1B."""
-    from diffusers import SD3Transformer2DModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     with torch.device("meta"):
-        model = SD3Transformer2DModel(**configs.TRANSFORMER[name])
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+        parts = [
+            SD3Transformer2DModel(**configs.TRANSFORMER[name]),
+            AutoencoderKL(**configs.VAE),
+            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G)),
+            T5EncoderModel(T5Config(**configs.T5_XXL)),
+        ]
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert counts[0] / 1e9 == pytest.approx(billions, rel=0.02)
+    assert sum(counts) == configs.PARAMETERS[name]
 
 
 @pytest.mark.hub
