@@ -147,6 +147,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(1)
 
+    def bye(self):
+        """From here on nobody listens."""
+        self.server.socket.close()
+        self.answer(404, X_Error_Code="RepoNotFound")
+        self.close_connection = True
+
     def silent(self):
         time.sleep(60)
 

