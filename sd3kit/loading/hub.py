@@ -189,18 +189,47 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+# Why the Hub fails and what to do: the names of errors, or the status of its answer, and the sentence; the first that
+# fits is told. Errors are known by their classes' names, since huggingface_hub has changed its HTTP library twice.
+SENTENCES = (
+    ("GatedRepoError", "{name} is gated: accept its licence at {page}, log in once with `hf auth login`, and run this "
+        "again."),
+    ("DisabledRepoError", "{hub} has disabled {source}: look at {page} for the reason, or use another model."),
+    ("RevisionNotFoundError", "{source} has no such revision on the Hub: look at {page}/tree/main for its branches."),
+    ("HFValidationError", "{source!r} is no name of a model on the Hub: give owner/name, as its page shows it."),
+    ("RemoteEntryNotFoundError", "{source} on the Hub lacks a file of a diffusers pipeline: look at {page}/tree/main, "
+        "or use another."),
+    ("RepositoryNotFoundError 404", "{hub} has no model {source}, or it is private: check the name, or log in with "
+        "`hf auth login`."),
+    ("http-401", "{hub} asks for a token, and none is sent over http://: use https:// in HF_ENDPOINT."),
+    ("401", "{hub} refuses the token: log in again with `hf auth login`, or unset HF_TOKEN if it is old."),
+    ("403", "{hub} does not let you have {source} (403): use a token that may, made at {place}/settings/tokens."),
+    ("429", "{hub} has had too many questions from you (429): try again {wait}, or log in with `hf auth login`."),
+    ("5xx", "{hub} has an error of its own ({status}): try again in some minutes, or use nano, which needs no Hub."),
+    ("TimeoutError TimeoutException Timeout", "{hub} does not answer in time: check the network, try again later, or "
+        "use nano, which needs none."),
+    ("TooManyRedirects", "{hub} sends each question on in a circle: check HF_ENDPOINT, or the network's sign-in page."),
+    ("Refused JSONDecodeError FileMetadataError UnicodeDecodeError DecodingError", "What answers at {place} is not a "
+        "Hub: check HF_ENDPOINT, or the network's sign-in page."),
+    ("UnsupportedProtocol InvalidURL", "HF_ENDPOINT is {place!r}, which is no address: use https://huggingface.co, or "
+        "leave it out."),
+    ("LocalProtocolError", "The token holds characters that no token has: copy it again, or log in with "
+        "`hf auth login`."),
+    ("RemoteProtocolError ReadError WriteError IncompleteRead ChunkedEncodingError XetError Consistency",
+        "The download of {name} was cut: run it again, and it goes on where it was."),
+    ("Offline", "{name} is not on this machine, and HF_HUB_OFFLINE is set, so the Hub cannot be reached: unset it, or "
+        "use nano, which needs none."),
+    ("SSLError SSLCertVerificationError", "The certificate of {place} is not trusted here: check the clock and the "
+        "network's sign-in page."),
+    ("ConnectionError NetworkError ProxyError LocalEntryNotFoundError OfflineModeIsEnabled", "{name} is not on this "
+        "machine and {hub} cannot be reached: check the network, or use nano, which needs none."),
+    ("OSError HTTPError HfHubHTTPError", "{name} could not be fetched from the Hub ({error}): look at {page}."),
+)  # fmt: skip
+
+
 def explain(error: BaseException, name: str, source: str) -> str | None:
-    """Why the Hub, the network or the cache failed and what to do, in one sentence; None for an error not known here.
-
-    Errors are known by the names of their classes, since huggingface_hub has changed its HTTP library twice.
-    """
+    """Why the Hub, the network or the cache failed and what to do, in one sentence; None for an unknown error."""
     chain = _chain(error)
-    kinds = {base.__name__ for e in chain for base in type(e).__mro__}
-    status = next((r.status_code for e in chain if (r := getattr(e, "response", None)) is not None), None)
-    place, custom = _endpoint()
-    hub = f"The Hub at {place}" if custom else "The Hub"
-    page = f"{place}/{source}"
-
     for e in chain:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             return (
@@ -212,61 +241,26 @@ def explain(error: BaseException, name: str, source: str) -> str | None:
                 f"There is no permission for {e.filename or 'the cache'}, where the Hub's models are kept: set HF_HOME "
                 "to a folder of your own, or change its permissions."
             )
+    place, custom = _endpoint()
     refused = next((e for e in chain if isinstance(e, Refused)), None)
-    status = refused.status if refused else status
-    if kinds & {"GatedRepoError"}:
-        return f"{name} is gated: accept its licence at {page}, log in once with `hf auth login`, and run this again."
-    if kinds & {"DisabledRepoError"}:
-        return f"{hub} has disabled {source}: look at {page} for the reason, or use another model."
-    if kinds & {"RevisionNotFoundError"}:
-        return f"{source} has no such revision on the Hub: look at {page}/tree/main for its branches."
-    if kinds & {"HFValidationError"}:
-        return f"{source!r} is no name of a model on the Hub: give owner/name, as its page shows it."
-    if kinds & {"RemoteEntryNotFoundError"}:
-        return f"{source} on the Hub lacks a file of a diffusers pipeline: look at {page}/tree/main, or use another."
-    if kinds & {"RepositoryNotFoundError"} or status == 404:
-        return f"{hub} has no model {source}, or it is private: check the name, or log in with `hf auth login`."
-    if status == 401:
-        if place.startswith("http://"):
-            return f"{hub} asks for a token, and none is sent over http://: use https:// in HF_ENDPOINT."
-        return f"{hub} refuses the token: log in again with `hf auth login`, or unset HF_TOKEN if it is old."
-    if status == 403:
-        return f"{hub} does not let you have {source} (403): use a token that may, made at {place}/settings/tokens."
-    if status == 429:
-        wait = f"in {int(refused.wait) // 60 + 1} minutes" if refused and refused.wait else "later"
-        return f"{hub} has had too many questions from you (429): try again {wait}, or log in with `hf auth login`."
-    if status is not None and status >= 500:
-        return f"{hub} has an error of its own ({status}): try again in some minutes, or use nano, which needs no Hub."
-    if kinds & {"TimeoutError", "TimeoutException", "Timeout"}:
-        return f"{hub} does not answer in time: check the network, try again later, or use nano, which needs none."
-    if kinds & {"TooManyRedirects"}:
-        return f"{hub} sends every question on in a circle: check HF_ENDPOINT, or the network's sign-in page."
-    if refused or kinds & {"JSONDecodeError", "FileMetadataError", "UnicodeDecodeError", "DecodingError"}:
-        return f"What answers at {place} is not a Hub: check HF_ENDPOINT, or the network's sign-in page."
-    if kinds & {"UnsupportedProtocol", "InvalidURL"}:
-        return f"HF_ENDPOINT is {place!r}, which is no address: use https://huggingface.co, or leave it out."
-    if kinds & {"LocalProtocolError"}:
-        return "The token holds characters that no token has: copy it again, or log in with `hf auth login`."
-    if any(isinstance(e, OSError) and "onsistency" in str(e) for e in chain) or kinds & {
-        "RemoteProtocolError", "ReadError", "WriteError", "IncompleteRead", "ChunkedEncodingError", "XetError",
-    }:  # fmt: skip
-        return f"The download of {name} was cut: run it again, and it goes on where it was."
-    if kinds & {"OfflineModeIsEnabled"} and os.environ.get("HF_HUB_OFFLINE"):
-        return (
-            f"{name} is not on this machine, and HF_HUB_OFFLINE is set, so the Hub cannot be reached: unset it, or use "
-            "nano, which needs none."
-        )
-    if kinds & {"SSLError", "SSLCertVerificationError"} or any("CERTIFICATE" in str(e) for e in chain):
-        return f"The certificate of {place} is not trusted here: check the clock and the network's sign-in page."
-    if kinds & {"ConnectionError", "NetworkError", "ProxyError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        return (
-            f"{name} is not on this machine and {hub[0].lower() + hub[1:]} cannot be reached: check the network, or "
-            "use nano, which needs none."
-        )
-    if isinstance(error, OSError) or kinds & {"HTTPError", "HfHubHTTPError"}:
-        words = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"{name} could not be fetched from the Hub ({type(error).__name__}: {words}): look at {page}."
-    return None
+    answered = next((r.status_code for e in chain if (r := getattr(e, "response", None)) is not None), 0)
+    status = refused.status if refused else answered
+    kinds = {base.__name__ for e in chain for base in type(e).__mro__} | {str(status)}
+    kinds |= {"http-401"} if status == 401 and place.startswith("http://") else set()
+    kinds |= {"5xx"} if status >= 500 else set()
+    kinds |= {"Consistency"} if any("onsistency check" in str(e) for e in chain) else set()
+    kinds |= {"SSLError"} if any("CERTIFICATE" in str(e) for e in chain) else set()
+    kinds |= {"Offline"} if "OfflineModeIsEnabled" in kinds and os.environ.get("HF_HUB_OFFLINE") else set()
+    told = next((sentence for names, sentence in SENTENCES if kinds & set(names.split())), None)
+    if told is None:
+        return None
+    sentence = told.format(
+        name=name, source=source, place=place, page=f"{place}/{source}", status=status,
+        hub=f"the Hub at {place}" if custom else "the Hub",
+        wait=f"in {int(refused.wait) // 60 + 1} minutes" if refused and refused.wait else "later",
+        error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}",
+    )  # fmt: skip
+    return sentence[0].upper() + sentence[1:] if told.startswith("{hub}") else sentence
 
 
 def _endpoint() -> tuple[str, bool]:
