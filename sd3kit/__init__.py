@@ -4,6 +4,7 @@
 bottom up: `loading`, `records`, `lesson`, `recipe`, `measuring`, `dreambooth`, `study`, `explore`, `command`.
 """
 
+import logging
 import os
 import sys
 
@@ -18,6 +19,12 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" in sys.modules:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .loading.names import MODELS, LoadError
+
+# Importing diffusers' SD3 pipeline makes transformers say that two picture readers, for which SD3 has no use, would
+# like torchvision. That line alone is kept off the page.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
 
 __all__ = ["MODELS", "LoadError", "fit", "load"]
 __version__ = "0.1.0"

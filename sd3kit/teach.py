@@ -4,32 +4,39 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
-import queue
 import re
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import records
-from .errors import UserError
+from . import files, records
+from .errors import UserError, answer
+from .loading.names import resolve
 
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>\n*", re.DOTALL)
 PROMPT = "a fox on a blue background, flat"
 # What a learner's kernel holds: the pipeline, the explorer's functions and the libraries behind them, all used once.
 SETUP = f"""
-import statistics, time
-import sd3kit
+import json, sd3kit
 from sd3kit import explore
 pipe = sd3kit.load({{model!r}}, quiet=True)
 explore.schedule(pipe, {PROMPT!r}, steps=2)
+print(0)
 """
 DRAW = f"""
-times = [explore.text_to_image(pipe, {PROMPT!r}, seed=seed).seconds for seed in range({{pictures}})]
+print(json.dumps([explore.text_to_image(pipe, {PROMPT!r}, seed=seed).seconds for seed in range({{pictures}})]))
+"""
+# A process's share of the memory where the system tells it, else all of its memory.
+MEMORY = """
+import psutil
+info = psutil.Process().memory_full_info()
+print(getattr(info, "pss", 0) or getattr(info, "uss", 0) or info.rss)
 """
 
 
@@ -58,77 +65,57 @@ def strip(source: Path, out: Path) -> list[Path]:
         The files written, in order.
 
     Raises:
-        UserError: there are no notebooks, the two folders are the same, or a file is not a notebook.
+        UserError: there are no notebooks, the two folders are the same, a file is not a notebook, or `out` cannot be
+            written; in the first four nothing is written.
     """
-    files = sorted(source.glob("*.ipynb")) if source.is_dir() else [source]
-    if not files or not files[0].is_file():
+    found = sorted(source.glob("*.ipynb")) if source.is_dir() else [source]
+    if not found or not found[0].is_file():
         raise UserError(f"There are no notebooks in {source}: give the folder that holds them.")
-    if out.resolve() == files[0].parent.resolve():
+    if out.resolve() == found[0].parent.resolve():
         raise UserError(f"{out} holds the originals: give another folder after -o.")
-    written = []
-    out.mkdir(parents=True, exist_ok=True)
-    for file in files:
+    files.check_writable(out, folder=True)
+    stripped = {}
+    for path in found:
         try:
-            stripped = without_solutions(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a notebook.") from error
-        path = out / file.name
-        path.write_text(json.dumps(stripped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.append(path)
-    return written
+            notebook = without_solutions(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is not a notebook.") from error
+        stripped[out / path.name] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in stripped.items():
+        files.write_whole(path, text)
+    return list(stripped)
 
 
 # ---- seats ----------------------------------------------------------------------------------------------------------
 
 
-class Seat:
-    """One learner's kernel, as JupyterLab starts it."""
+@contextlib.contextmanager
+def learner(threads: int | None) -> Iterator[Callable[[str], str]]:
+    """One learner's kernel, as JupyterLab starts it: a function that runs code in it and gives what the code prints.
 
-    def __init__(self, threads: int | None):
-        from jupyter_client import KernelManager
+    It raises a RuntimeError where the code fails or the kernel dies, most likely for want of memory.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbformat.v4 import new_code_cell, new_notebook
 
-        extra = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(env=os.environ | extra)
-        self.client = self.manager.client()
-        self.client.start_channels()
+    client = NotebookClient(new_notebook(), kernel_name="python3", timeout=3600)
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
-    def ready(self) -> None:
-        self.client.wait_for_ready(timeout=300)
+    def run(code: str) -> str:
+        cell = new_code_cell(code)
+        client.nb.cells = [cell]
+        try:
+            client.execute_cell(cell, 0)
+        except DeadKernelError as error:
+            raise RuntimeError("a learner's kernel was killed, most likely for want of memory") from error
+        except CellExecutionError as error:
+            raise RuntimeError(f"a learner's kernel failed: {error.ename}: {error.evalue}") from error
+        return "".join(out["text"] for out in cell.outputs if out.get("name") == "stdout")
 
-    def ask(self, code: str, wanted: str = "None") -> str:
-        """Send code without waiting; `answer` with what this returns gives the value of `wanted`."""
-        return self.client.execute(code, user_expressions={"wanted": wanted}, store_history=False)
-
-    def answer(self, asked: str, timeout: float = 3600) -> str:
-        end = time.monotonic() + timeout
-        while True:
-            try:
-                message = self.client.get_shell_msg(timeout=1)
-            except queue.Empty:
-                if not self.manager.is_alive():
-                    raise RuntimeError("a learner's kernel was killed, most likely for want of memory") from None
-                if time.monotonic() > end:
-                    raise RuntimeError(f"a learner's kernel gave no answer in {timeout:g} seconds") from None
-                continue
-            if message["parent_header"].get("msg_id") == asked:
-                break
-        content = message["content"]
-        if content["status"] != "ok":
-            raise RuntimeError(f"a learner's kernel failed: {content.get('ename')}: {content.get('evalue')}")
-        return content["user_expressions"]["wanted"]["data"]["text/plain"]
-
-    def close(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-
-
-def _memory() -> str:
-    """Code whose value is this process's memory in bytes: its share where the system tells it, else all of it."""
-    return (
-        "(lambda info: getattr(info, 'pss', 0) or getattr(info, 'uss', 0) or info.rss)"
-        "(__import__('psutil').Process().memory_full_info())"
-    )
+    with client.setup_kernel(env=environment):
+        yield run
 
 
 def seats(learners: int, *, model: str | None = None, pictures: int = 3, threads: int | None = 1) -> dict:
@@ -150,22 +137,15 @@ def seats(learners: int, *, model: str | None = None, pictures: int = 3, threads
     """
     if learners < 1 or pictures < 1:
         raise ValueError("There must be at least one learner and one picture.")
-    kernels: list[Seat] = []
-    try:
-        for _ in range(learners):
-            kernels.append(Seat(threads))
-        for seat in kernels:
-            seat.ready()
-        for seat, asked in [(seat, seat.ask(SETUP.format(model=model))) for seat in kernels]:
-            seat.answer(asked)
-        draw = DRAW.format(pictures=pictures)
-        asked = [seat.ask(draw, "times") for seat in kernels]  # all at once
-        times = [json.loads(seat.answer(a)) for seat, a in zip(kernels, asked, strict=True)]
-        memory = [int(seat.answer(seat.ask("", _memory()))) for seat in kernels]
-    finally:
-        for seat in kernels:
-            seat.close()
-    every = [second for each in times for second in each]
+    with contextlib.ExitStack() as open_kernels, ThreadPoolExecutor(learners) as pool:
+        kernels = [open_kernels.enter_context(learner(threads)) for _ in range(learners)]
+
+        def all_at_once(code: str) -> list:
+            return [json.loads(said) for said in pool.map(lambda run: run(code), kernels)]
+
+        all_at_once(SETUP.format(model=model))
+        every = [second for times in all_at_once(DRAW.format(pictures=pictures)) for second in times]
+        memory = all_at_once(MEMORY)
     return {
         "learners": learners,
         "seconds": statistics.median(every),
@@ -204,18 +184,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        if options.command == "strip":
-            for path in strip(options.source, options.out):
-                print(path)
-            return 0
-        if min(*options.learners, options.pictures, options.threads, 1) < 1:
-            raise UserError("--learners, --pictures and --threads must be 1 or more.")
-    except UserError as error:
-        print(f"sd3kit: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> int:
+    if options.command == "strip":
+        for path in strip(options.source, options.out):
+            print(path)
+        return 0
+    if min(*options.learners, options.pictures, options.threads) < 1:
+        raise UserError("--learners, --pictures and --threads must be 1 or more.")
+    resolve(options.model)
+    files.check_writable(options.out)
     settings = {"pictures": options.pictures, "threads": options.threads, "model": options.model}
     rows = {f"{n} learners": lambda n=n: seats(n, **settings) for n in options.learners}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -223,8 +200,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = f"python -m sd3kit.teach seats --pictures {options.pictures} --threads {options.threads}"
     if options.model:
         command += f" --model {shlex.quote(options.model)}"
-    print(report(records.study(list(rows), lambda row: rows[row](), options.out, identity, command)))
-    return 0
+    measured = records.study(list(rows), lambda row: rows[row](), options.out, identity, command)
+    print(report(measured))
+    return 2 if any("seconds" not in record for record in measured) else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return answer(lambda: run(options), "stopped; the rows that were measured are kept, and the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The command line: `sd3kit generate`, `check` (what this machine can run), `measure` and `reset`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import answer
 from . import generate, measure
 
 
@@ -24,27 +23,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        if options.command == "generate":
-            generate.run(options)
-        elif options.command == "measure":
-            return measure.run(options)
-        elif options.command == "reset":
-            from .reset import reset
+    stopped = "stopped; finished pictures of a folder are kept, and the same command goes on."
+    return answer(lambda: run(options), stopped)
 
-            lesson, copy = reset(options.lesson, options.folder)
-            print(f"{lesson} is as it was published; yours is {copy}")
-        else:
-            from .machine import check
 
-            check()
-    except UserError as error:
-        print(f"sd3kit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "sd3kit: stopped; finished pictures of a folder are kept, and the same command goes on.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+def run(options: argparse.Namespace) -> int | None:
+    if options.command == "generate":
+        return generate.run(options)
+    if options.command == "measure":
+        return measure.run(options)
+    if options.command == "reset":
+        from .reset import reset
+
+        lesson, copy = reset(options.lesson, options.folder)
+        return print(f"{lesson} is as it was published; yours is {copy}")
+    from .machine import check
+
+    return check()

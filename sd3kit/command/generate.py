@@ -4,14 +4,19 @@ The pictures are those of `explore.text_to_image`: a PNG holds its settings, `ex
 """
 
 import argparse
-import errno
 import io
 import json
-import os
 from pathlib import Path
 
+from .. import files
 from ..errors import UserError
+from ..loading import configs
 from ..loading.names import MODELS, resolve
+
+LARGEST = {name: config["pos_embed_max_size"] * 16 for name, config in configs.TRANSFORMER.items()} | {"nano": 256}
+SETTINGS = "settings.json"  # what the pictures of a folder share
+MOST = 100_000  # pictures of one folder
+LONGEST = 10_000  # characters of a prompt; the text encoders read some hundred
 
 
 def add_parser(commands) -> None:
@@ -26,9 +31,7 @@ def add_parser(commands) -> None:
     parser.add_argument("prompt", nargs="?", help='such as "a fox on a blue background"')
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, seed after seed (%(default)s)")
-    parser.add_argument(
-        "-o", "--output", type=Path, help="PNG or JPEG (sd3kit.png); for many pictures a folder (sd3kit-pictures)"
-    )
+    parser.add_argument("-o", "--output", help="PNG or JPEG (sd3kit.png); for many pictures a folder (sd3kit-pictures)")
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (%(default)s)")
@@ -53,24 +56,38 @@ def run(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> list[str]:
     """The prompts; whatever can be wrong is said before a model is loaded."""
     prompts = _prompts(options)
+    for text in (*prompts, options.negative):
+        if len(text) > LONGEST:
+            raise UserError(f"a prompt may have {LONGEST} characters, not {len(text)}: shorten {text[:40]!r}...")
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"the prompt {text[:80]!r} holds bytes that are no UTF-8 text: write it again.")
     if not 1 <= options.count <= 10_000:
         raise UserError(f"--count must be 1 to 10000, not {options.count}.")
+    if len(prompts) * options.count > MOST:
+        raise UserError(
+            f"a folder may have {MOST} pictures, not {len(prompts) * options.count}: give a smaller --count."
+        )
     if not 1 <= options.steps <= 1000:
         raise UserError(f"--steps must be 1 to 1000, not {options.steps}.")
     if not 1 <= options.guidance <= 20:
         raise UserError(f"--guidance must be 1 to 20, not {options.guidance:g}.")
     if not 0 <= options.seed <= 2**63 - options.count:
         raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, not {options.seed}.")
+    source = resolve(options.model)
     if options.size is not None:
         if options.size % 16 or options.size < 64:
             near = max(64, round(options.size / 16) * 16)
             raise UserError(f"--size must be divisible by 16 and at least 64, not {options.size}: try {near}.")
-        if resolve(options.model) == resolve("nano") and options.size > 256:
-            raise UserError(
-                f"nano draws up to 256 pixels, not {options.size}: give a smaller --size or another --model."
-            )
-    resolve(options.model)
+        name = next((name for name in LARGEST if resolve(name) == source), "an SD3 model")
+        _fits(options.size, LARGEST.get(name, max(LARGEST.values())), name)
+    if options.output == "":
+        raise UserError("the name after -o is empty: give a file, or for many pictures a folder.")
     return prompts
+
+
+def _fits(size: int | None, largest: int, name: str) -> None:
+    if size is not None and size > largest:
+        raise UserError(f"{name} draws up to {largest} pixels, not {size}: give a smaller --size or another --model.")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -80,12 +97,17 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         if not options.prompt.strip():
             raise UserError('the prompt is empty: say what to draw, such as "a fox on a blue background".')
         return [options.prompt]
+    most = 10_000_000
     try:
-        text = options.prompts.read_text(encoding="utf-8-sig")
+        with open(options.prompts, "rb") as file:
+            data = file.read(most + 1)
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{options.prompts} could not be read ({error.strerror}): check the path.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{options.prompts} is not UTF-8 text: give a text file with a prompt on each line.") from error
+    if len(data) > most:
+        raise UserError(f"{options.prompts} is larger than 10 MB: give a text file with a prompt on each line.")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{options.prompts} holds no prompt: write one on each line.")
@@ -98,20 +120,25 @@ def _settings(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def _load(options: argparse.Namespace, **more):
+    from ..loading.pipeline import load
+
+    pipe = load(options.model, **more)
+    config = pipe.transformer.config
+    _fits(options.size, config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor, "this model")
+    return pipe
+
+
 def _one(options: argparse.Namespace, prompt: str) -> None:
+    path = Path(options.output or "sd3kit.png")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"the output must end in .png or .jpg, not {path.name[-80:]!r}.")
+    files.check_writable(path)
     from tqdm.auto import tqdm
 
     from ..explore import text_to_image
-    from ..loading.pipeline import load
 
-    path = options.output or Path("sd3kit.png")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"the output must end in .png or .jpg, not {path.name!r}.")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}: make it first, or give another -o.")
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise UserError(f"{path} cannot be written: give another -o.")
-    pipe = load(options.model)
+    pipe = _load(options)
     with tqdm(total=options.steps, desc="steps", unit="step") as bar:
         drawn = text_to_image(pipe, prompt, seed=options.seed, watch=lambda step: bar.update(1), **_settings(options))
     data = drawn.png()
@@ -119,72 +146,92 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
         jpeg = io.BytesIO()
         drawn.image.save(jpeg, "JPEG", quality=95)
         data = jpeg.getvalue()
-    _write(path, data)
+    files.write_whole(path, data)
     print(path)
 
 
 def _many(options: argparse.Namespace, prompts: list[str]) -> None:
+    folder = Path(options.output or "sd3kit-pictures")
+    if folder.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"many pictures go into a folder: give -o the name of one, not {folder.name[-80:]!r}.")
+    with files.lock(folder):  # two commands never draw into one folder at once
+        jobs = {
+            f"{number:05d}-{seed}.png": {"prompt": prompt, "seed": seed}
+            for number, prompt in enumerate(prompts, 1)
+            for seed in range(options.seed, options.seed + options.count)
+        }
+        _draw_all(options, folder, jobs)
+
+
+def _draw_all(options: argparse.Namespace, folder: Path, jobs: dict[str, dict]) -> None:
     from tqdm.auto import tqdm
 
     from ..explore import text_to_image
     from ..loading.device import processes
-    from ..loading.pipeline import load
 
-    folder = options.output or Path("sd3kit-pictures")
-    if folder.is_file() or folder.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"many pictures go into a folder: give -o the name of one, not {folder.name!r}.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {folder} could not be made ({error.strerror}): give another -o.") from error
-    jobs = {
-        f"{number:05d}-{seed}.png": {"prompt": prompt, "seed": seed}
-        for number, prompt in enumerate(prompts, 1)
-        for seed in range(options.seed, options.seed + options.count)
-    }
-    state = processes()
+    shared = {"model": resolve(options.model), **_settings(options)}
+    _same(folder / SETTINGS, shared, _stored(folder / SETTINGS))
     done = {name for name in jobs if (folder / name).exists()}
     for name in sorted(done):
-        _same(folder / name, jobs[name] | _settings(options))
+        _same(folder / name, jobs[name] | _settings(options), _drawn(folder / name))
     missing = [(name, job) for name, job in jobs.items() if name not in done]
+    state = processes()
+    if state.is_main_process:
+        files.write_whole(folder / SETTINGS, json.dumps(shared, indent=1) + "\n")
     state.wait_for_everyone()  # all have seen the same folder before anyone draws into it
     with state.split_between_processes(missing) as share:
         if share:
-            pipe = load(options.model, device=str(state.device), quiet=not state.is_main_process)
+            pipe = _load(options, device=str(state.device), quiet=not state.is_main_process)
         for name, job in tqdm(share, desc="pictures", unit="picture", disable=not state.is_main_process):
-            _write(folder / name, text_to_image(pipe, **job, **_settings(options)).png())
+            files.write_whole(folder / name, text_to_image(pipe, **job, **_settings(options)).png())
     state.wait_for_everyone()
     if state.is_main_process:
-        # the layout that `datasets` calls an image folder
-        rows = [{"file_name": name, "text": job["prompt"], "seed": job["seed"]} for name, job in jobs.items()]
-        _write(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        # the layout that `datasets` calls an image folder; pictures of earlier runs keep their rows
+        rows = {name: {"file_name": name, "text": job["prompt"], "seed": job["seed"]} for name, job in jobs.items()}
+        earlier = {
+            row["file_name"]: row for row in _rows(folder / "metadata.jsonl") if (folder / row["file_name"]).is_file()
+        }
+        lines = [json.dumps(row) + "\n" for _, row in sorted((earlier | rows).items())]
+        files.write_whole(folder / "metadata.jsonl", "".join(lines))
         print(folder)
     if state.num_processes > 1:
         state.destroy_process_group()
 
 
-def _same(path: Path, asked: dict) -> None:
-    """Refuse a folder whose pictures were drawn with other settings: it would hold a mixture."""
+def _stored(path: Path) -> dict | None:
+    """What the pictures of a folder share; None where nothing was drawn yet."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read, so what the folder holds is not known: give another -o.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} was not written by sd3kit generate: give another -o.")
+    return found
+
+
+def _rows(path: Path) -> list[dict]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []  # it is written anew
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)]
+
+
+def _drawn(path: Path) -> dict:
     from ..explore import from_png
 
     try:
-        stored = from_png(path)
+        return from_png(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} was not drawn by sd3kit generate: give another -o.") from error
-    for name, value in asked.items():
-        if value is not None and stored.get(name) != value:
+
+
+def _same(path: Path, asked: dict, stored: dict | None) -> None:
+    """Refuse a folder whose pictures were drawn with other settings: it would hold a mixture."""
+    for name, value in asked.items() if stored is not None else ():
+        if stored.get(name) != value and (value is not None or path.name == SETTINGS):
             raise UserError(
                 f"{path} was drawn with {name.replace('_', ' ')} {stored.get(name)!r}, not {value!r}: give another -o."
             )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file that appears whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(f"{path} could not be written ({reason}): free space, or give another -o.") from error

@@ -1,5 +1,6 @@
 """`sd3kit check`: what this machine has and what it can run."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -16,8 +17,8 @@ from ..loading.names import MODELS, resolve
 def check() -> None:
     print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
     device = pick_device()
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 2**30
         print(f"GPU: {properties.name}, {memory:.1f} GiB")
     elif device == "mps":
@@ -26,7 +27,8 @@ def check() -> None:
     else:
         memory = _ram()
         print(f"GPU: none; processor with {os.cpu_count()} cores, {memory:.0f} GiB of memory")
-    print(f"free disk in the home folder: {shutil.disk_usage(Path.home()).free / 2**30:.0f} GiB")
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home
+        print(f"free disk in the home folder: {shutil.disk_usage(Path.home()).free / 2**30:.0f} GiB")
     for name in MODELS:
         dtype, _ = pick_dtype(name, device)
         size = weight_bytes(name) / 2**30
@@ -46,18 +48,7 @@ def _ram() -> float:
 
 
 def weight_bytes(name: str) -> int:
-    """Bytes of a model's weights at two bytes each, counted on the meta device from its configuration."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
+    """Bytes of a model's weights at two bytes each; nano's as its files have them."""
     if name == "nano":
         return sum(file.stat().st_size for file in Path(resolve("nano")).rglob("*.safetensors"))
-    with torch.device("meta"):
-        modules = [
-            SD3Transformer2DModel(**configs.TRANSFORMER[name]),
-            AutoencoderKL(**configs.VAE),
-            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L)),
-            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G)),
-            T5EncoderModel(T5Config(**configs.T5_XXL)),
-        ]
-    return 2 * sum(p.numel() for module in modules for p in module.parameters())
+    return 2 * configs.PARAMETERS[name]

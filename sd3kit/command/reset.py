@@ -1,8 +1,11 @@
 """`sd3kit reset`: a lesson as it was published, and the learner's own copy kept beside it."""
 
+import itertools
+import os
 import subprocess
 from pathlib import Path
 
+from .. import files
 from ..errors import UserError
 
 KEPT = "mine"  # the folder of the learner's copies, beside the lessons
@@ -22,7 +25,7 @@ def reset(lesson: str, folder: Path) -> tuple[Path, Path]:
         The lesson, and the copy: `mine`/NAME-1.ipynb, or the next number that is free.
 
     Raises:
-        UserError: no such lesson, or no checkout to take the published one from; nothing is changed.
+        UserError: no such lesson, no checkout to take the published one from, or no place to write; nothing is lost.
     """
     found = [path for path in sorted(folder.glob("*.ipynb")) if path.name.startswith(lesson)]
     if len(found) != 1:
@@ -32,17 +35,19 @@ def reset(lesson: str, folder: Path) -> tuple[Path, Path]:
     published = _published(path, "@{upstream}") or _published(path, "HEAD")
     if published is None:
         raise UserError(f"{folder} is not a git checkout that holds {path.name}: download it again.")
-    kept = folder / KEPT
-    kept.mkdir(exist_ok=True)
-    number = 1
-    while True:
-        try:
-            with (copy := kept / f"{path.stem}-{number}.ipynb").open("xb") as file:
-                file.write(path.read_bytes())
-            break
-        except FileExistsError:
-            number += 1
-    path.write_bytes(published)
+    try:
+        own = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}), so no copy of it could be kept.") from error
+    files.check_writable(path)
+    files.check_writable(folder / KEPT, folder=True)
+    (folder / KEPT).mkdir(exist_ok=True)
+    copies = (folder / KEPT / f"{path.stem}-{number}.ipynb" for number in itertools.count(1))
+    copy = next(place for place in copies if not os.path.lexists(place))
+    files.write_whole(copy, own)
+    if copy.read_bytes() != own:  # the lesson is touched only when the copy is there
+        raise UserError(f"the copy {copy} is not what was written: look at the disk; the lesson is as it was.")
+    files.write_whole(path, published)
     return path, copy
 
 

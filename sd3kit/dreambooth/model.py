@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, inject_adapter_in_model
 
-from ..loading import names, pipeline, problems
+from ..loading import hub, names, parts, pipeline
 from .settings import DreamBoothError, Settings
 
 # The joint attention's projections: q, k, v and output, of the picture's tokens and (add_) of the text's.
@@ -61,13 +61,11 @@ def check_transformer(settings: Settings) -> None:
     """Read the transformer's configuration and refuse what does not fit it, before its weights are loaded."""
     name = settings.pretrained_model_name_or_path
     source = names.resolve(name)
+    path = hub.file(name, source, "transformer/config.json", revision=settings.revision)
     try:
-        config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=settings.revision)
-    except Exception as error:
-        sentence = problems.explain(error, name, source)
-        if sentence is None:
-            raise
-        raise DreamBoothError(sentence) from error
+        config = parts.read_json(path)
+    except parts.Damaged as error:
+        raise DreamBoothError(f"{path} {error}: get it again.") from error
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
     lora_targets(settings, transformer)

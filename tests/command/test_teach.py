@@ -55,15 +55,13 @@ def test_two_learners_draw_at_once(tmp_path, capsys):
     assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
 
 
-def test_a_kernel_that_is_killed_is_noticed():
-    seat = teach.Seat(threads=1)
-    try:
-        seat.ready()
-        asked = seat.ask(f"import os; os.kill(os.getpid(), {int(getattr(signal, 'SIGKILL', signal.SIGTERM))})")
+def test_a_kernel_that_is_killed_or_fails_is_noticed():
+    with teach.learner(threads=1) as run:
+        assert run("print(1 + 1)") == "2\n"
+        with pytest.raises(RuntimeError, match="kernel failed: ZeroDivisionError"):
+            run("1 / 0")
         with pytest.raises(RuntimeError, match="kernel was killed"):
-            seat.answer(asked, timeout=60)
-    finally:
-        seat.close()
+            run(f"import os; os.kill(os.getpid(), {int(getattr(signal, 'SIGKILL', signal.SIGTERM))})")
 
 
 def test_the_plans_add_up_to_the_hours_that_they_name():
@@ -90,5 +88,5 @@ def test_the_values_file_for_kubernetes_is_whole():
 
 
 def test_the_teachers_page_shows_the_stored_record():
-    page = (Path(__file__).parent.parent / "TEACHING.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "TEACHING.md").read_text(encoding="utf-8")
     assert teach.report(records.read(records.RESULTS / "seats.jsonl")) in page

@@ -1,0 +1,242 @@
+"""Bad command lines: a table of what is typed and what must come out. Each ends with one sentence and a code of 2.
+
+To add a case, write the line as it is typed, in a folder that holds `prompts.txt`, `folder/`, `file` and `lesson/`,
+and a fragment of what is said. Nothing may be written and no model loaded.
+"""
+
+import errno
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from sd3kit import files, teach
+from sd3kit.command import cli
+from sd3kit.loading import pipeline
+
+LONG = "n" * 300
+LINES = {
+    "generate": "either a prompt",
+    "generate ''": "the prompt is empty",
+    "generate a -o ''": "the name after -o is empty",
+    "generate a -o folder": r"must end in \.png or \.jpg",
+    "generate a -o folder.png/": "it is a folder",
+    "generate a -o no/x.png": "folder is not there",
+    "generate a -o file/x.png": "a file is where its folder should be",
+    f"generate a -o {LONG}.png": "name is too long",
+    f"generate a -o folder/{LONG}.jpg": "name is too long",
+    "generate a -o x.gif": r"must end in \.png or \.jpg",
+    "generate a -o loop.png": "circle",
+    "generate a -o /proc/x.png": "cannot be written",
+    "generate a --steps 0": "--steps must be 1 to 1000",
+    "generate a --steps -3": "--steps must be 1 to 1000",
+    "generate a --steps 1000000000000": "--steps must be 1 to 1000",
+    "generate a --steps nan": "invalid int value: 'nan'",
+    "generate a --steps 2.5": "invalid int value",
+    "generate a --guidance nan": "--guidance must be 1 to 20, not nan",
+    "generate a --guidance inf": "--guidance must be 1 to 20, not inf",
+    "generate a --guidance -inf": "--guidance must be 1 to 20|expected one argument",
+    "generate a --guidance 0": "--guidance must be 1 to 20",
+    "generate a --guidance 1e300": "--guidance must be 1 to 20",
+    "generate a --guidance x": "invalid float value",
+    "generate a --seed -5": "--seed must be a whole number from 0",
+    "generate a --seed 9223372036854775808": "--seed must be a whole number from 0",
+    f"generate a --seed {'9' * 400}": "--seed must be a whole number from 0",
+    "generate a --seed 1e3": "invalid int value",
+    "generate a --size 100": "divisible by 16",
+    "generate a --size 0": "at least 64",
+    "generate a --size -64": "at least 64",
+    "generate a --size 272": "nano draws up to 256",
+    "generate a --size 1000000000000": "up to 256",
+    "generate a --size 16000 --model medium": "medium draws up to 3072",
+    "generate a --size 16000 --model a/b": "draws up to 6144",
+    "generate a --model nanoo": "did you mean nano",
+    "generate a --model folder": "no model_index.json",
+    "generate a --model file": "no model or folder",
+    f"generate a --model {LONG}": "no model or folder",
+    "generate a --count 0": "--count must be",
+    "generate a --count -1": "--count must be",
+    "generate a --count 100000": "--count must be",
+    "generate a --count 2 -o ''": "the name after -o is empty",
+    "generate a --count 2 -o x.png": "into a folder",
+    "generate a --count 2 -o file": "a file is where its folder should be",
+    "generate a --count 2 -o file/x": "a file is where its folder should be",
+    f"generate a --count 2 -o {LONG}": "name is too long",
+    "generate a --count 2 -o /proc/x": "cannot be written",
+    "generate a --count 2 -o foreign": "was not drawn by sd3kit generate",
+    "generate a --count 2 -o torn": "cannot be read, so what the folder holds is not known",
+    "generate a --count 2 -o other": "was drawn with steps 3, not 28",
+    "generate a --prompts prompts.txt": "either a prompt",
+    "generate --prompts none.txt": "could not be read",
+    "generate --prompts folder": "could not be read",
+    "generate --prompts file": "holds no prompt",
+    "generate --prompts binary": "not UTF-8 text",
+    "generate --prompts large.txt": "larger than 10 MB",
+    "generate --prompts long.txt": "a prompt may have 10000 characters",
+    "generate --prompts many.txt --count 10000": "may have 100000 pictures",
+    "reset": "required: lesson",
+    "reset ''": "no one lesson",
+    "reset 07 --folder lesson": "no one lesson '07'",
+    "reset 03 --folder none": "no one lesson",
+    "reset 03 --folder file": "no one lesson",
+    "reset 03 --folder lesson": "not a git checkout",
+    "nothing": "invalid choice",
+    "": "required: command",
+    "teach strip none -o out": "no notebooks in none",
+    "teach strip folder -o out": "no notebooks in folder",
+    "teach strip lesson": "required: -o",
+    "teach strip lesson -o lesson": "holds the originals",
+    "teach strip lesson -o lesson/.": "holds the originals",
+    "teach strip file -o out": "is not a notebook",
+    "teach strip lesson -o file": "a file is where its folder should be",
+    f"teach strip lesson -o {LONG}": "name is too long",
+    "teach strip lesson -o /proc/x": "cannot be written",
+    "teach seats --learners 0": "must be 1 or more",
+    "teach seats --learners nan": "invalid int value",
+    "teach seats --threads 0": "must be 1 or more",
+    "teach seats --pictures -1": "must be 1 or more",
+    "teach seats --model nanoo": "did you mean nano",
+    "teach seats --out folder": "it is a folder",
+    "teach seats --out no/x.jsonl": "folder is not there",
+    f"teach seats --out {LONG}": "name is too long",
+}
+
+
+def place(folder):
+    (folder / "folder").mkdir()
+    (folder / "folder.png").mkdir()
+    (folder / "file").touch()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "prompts.txt").write_text("a fox\n")
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "large.txt").write_text("a fox\n" * 2_000_000)
+    (folder / "long.txt").write_text("a" * 20_000)
+    (folder / "many.txt").write_text("a fox\n" * 11)
+    (folder / "lesson").mkdir()
+    (folder / "lesson" / "03_x.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4}')
+    for name, settings in (("torn", "{"), ("other", '{"model": 0, "negative_prompt": "", "steps": 3}')):
+        (folder / name).mkdir()
+        (folder / name / "settings.json").write_text(settings)
+    from sd3kit.loading.names import NANO
+
+    (folder / "other" / "settings.json").write_text(f'{{"model": "{NANO}", "negative_prompt": "", "steps": 3}}')
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "00001-0.png").write_bytes(b"no picture")
+    return folder
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.lstat().st_size if path.is_symlink() or path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != files.LOCK  # says nothing, and is empty
+    }
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return place(tmp_path_factory.mktemp("place"))
+
+
+def typed(line):
+    words = shlex.split(line)
+    main, words = (teach.main, words[1:]) if words[:1] == ["teach"] else (cli.main, words)
+    try:
+        return main(words)
+    except SystemExit as end:  # argparse
+        return end.code
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:60])
+def test_a_bad_line_is_one_sentence(line, shared, monkeypatch, capsys):
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr(pipeline, "load", lambda *args, **more: pytest.fail("a model was loaded"))
+    before = contents(shared)
+    assert typed(line) == 2
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]
+    assert re.search(LINES[line], last) and (said.startswith("usage:") or said.count("\n") == 1)
+    assert len(last) < 600 and contents(shared) == before
+
+
+def git(folder, *words):
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_reset_on_a_disk_that_is_full_loses_nothing(number, tmp_path, monkeypatch, capsys):
+    lesson = tmp_path / "03_x.ipynb"
+    lesson.write_text("published" * 9999)
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "it"]):
+        git(tmp_path, *words)
+    lesson.write_text("answers" * 9999)
+    good, writes = os.fsync, []
+
+    def fails_from(which):
+        def fsync(fd):
+            writes.append(fd)
+            if len(writes) > which:
+                raise OSError(number, os.strerror(number))
+            good(fd)
+
+        return fsync
+
+    for which in range(4):  # two probes, the copy, the lesson
+        writes.clear()
+        monkeypatch.setattr(os, "fsync", fails_from(which))
+        assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "cannot be written" in said and said.count("\n") == 1
+        assert lesson.read_text() == "answers" * 9999
+    kept = list((tmp_path / "mine").iterdir())
+    assert len(kept) == 1 and kept[0].read_text() == "answers" * 9999  # written before the lesson was tried
+    monkeypatch.setattr(os, "fsync", good)
+    assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 0
+    assert lesson.read_text() == "published" * 9999
+
+
+def test_strip_on_a_disk_that_is_full(shared, tmp_path, monkeypatch, capsys):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert teach.main(["strip", str(shared / "lesson"), "-o", str(tmp_path / "out")]) == 2
+    assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+HOLDER = """
+import sys, time
+from sd3kit import files
+with files.lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_commands_never_draw_into_one_folder(tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline()
+        assert cli.main(["generate", "a fox", "--count", "2", "-o", str(tmp_path / "out")]) == 2
+        assert "another command is writing into" in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [files.LOCK]
+
+
+def test_a_prompt_of_bytes_that_are_no_text(tmp_path, capsys):
+    assert cli.main(["generate", "a \udcff fox", "-o", str(tmp_path / "x.png")]) == 2
+    assert "no UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away(shared):
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -m sd3kit.teach strip "$1" -o "$2" | true; exit ${PIPESTATUS[0]}',
+         sys.executable, shared / "lesson", shared / "stripped"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode in (0, 141) and done.stderr == ""
