@@ -7,6 +7,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from .. import files
 from .settings import TRACKERS, DreamBoothError, Settings, installed
 
 
@@ -56,7 +57,7 @@ def upload(settings: Settings, images: list[Image.Image]) -> None:
 
     out = Path(settings.output_dir)
     name = _try(settings, lambda: create_repo(repository(settings), token=settings.hub_token, exist_ok=True)).repo_id
-    (out / "README.md").write_text(card(settings, name, images), encoding="utf-8")
+    files.write_whole(out / "README.md", card(settings, name, images))
     hidden = ["checkpoint-*", ".*", f"{settings.logging_dir}/*", "settings.json"]
     _try(settings, lambda: upload_folder(
         repo_id=name, folder_path=out, token=settings.hub_token, ignore_patterns=hidden,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .. import files
+from ..errors import UserError
 from . import hub
+from .checks import checkpoint_step, checkpoints, is_checkpoint
 from .data import picture_files
-from .model import Denoiser, encode, load
-from .settings import PROGRESS, DreamBoothError, Settings, checkpoint_step, checkpoints, is_checkpoint
+from .model import Denoiser, encode_clips, load
+from .settings import PROGRESS, DreamBoothError, Settings
 
 TRAINED_FILE = "trained.safetensors"
 AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
@@ -32,7 +36,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError | UserError):
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else (str(error) or type(error).__name__).splitlines()[0][:120]
@@ -197,12 +201,11 @@ def save_result(
 def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step: int, seed: int) -> list:
     """Draw the validation prompt with the model as it is, into the folder `validation` and the trackers."""
     plain = accelerator.unwrap_model(model)
-    length, device, home = settings.max_sequence_length, accelerator.device, vae.device
+    device, home, texts = accelerator.device, vae.device, (settings.validation_prompt, "")
+    pairs = [prompts[p] for p in texts]
     if plain.text is not None:
-        prompts = {p: encode(plain.text, [p], length) for p in (settings.validation_prompt, "")}
-    (embeds, pooled), (empty, empty_pooled) = (
-        [t.to(device, torch.float32) for t in prompts[p]] for p in (settings.validation_prompt, "")
-    )
+        pairs = [encode_clips(plain.text, [p], embeds.to(device)) for p, (embeds, _) in zip(texts, pairs, strict=True)]
+    (embeds, pooled), (empty, empty_pooled) = ([t.to(device, torch.float32) for t in pair] for pair in pairs)
     pipe = StableDiffusion3Pipeline(
         transformer=plain.transformer, vae=vae.to(device), scheduler=type(scheduler).from_config(scheduler.config),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
@@ -224,17 +227,24 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
     with writing("A validation picture", folder):
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(images):
-            image.save(folder / f"step-{step:06d}-{i}.png")
+            write_picture(folder / f"step-{step:06d}-{i}.png", image)
     hub.track_images(accelerator, images, settings.validation_prompt, step)
     return images
+
+
+def write_picture(path: Path, image) -> None:
+    image.save(stored := BytesIO(), "PNG")
+    files.write_whole(path, stored.getvalue())
 
 
 @torch.no_grad()
 def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int) -> None:
     """Fill the folder of class pictures with the model's own, each process its share; those there are kept."""
     folder = Path(settings.class_data_dir)
-    with writing("The folder of class pictures", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        with writing("The folder of class pictures", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
     wanted = settings.num_class_images - len(picture_files(folder))
     free = (n for n in range(10**6) if not (folder / f"class-{n:05d}.png").exists())
     numbers = [next(free) for _ in range(max(0, wanted))]
@@ -245,7 +255,7 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
     known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))
     pipe.set_progress_bar_config(disable=True)
-    with accelerator.split_between_processes(numbers) as share:
+    with accelerator.split_between_processes(numbers) as share, files.lock(folder):
         for start in tqdm(range(0, len(share), settings.sample_batch_size), desc="class pictures", unit="batch"):
             part = share[start : start + settings.sample_batch_size]
             sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
@@ -254,8 +264,7 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
             ).images
             with writing("A class picture", folder):
                 for n, image in zip(part, images, strict=True):
-                    image.save(folder / f".class-{n:05d}.png")  # hidden until it is whole
-                    os.replace(folder / f".class-{n:05d}.png", folder / f"class-{n:05d}.png")
+                    write_picture(folder / f"class-{n:05d}.png", image)
     accelerator.wait_for_everyone()
     del pipe
     free_memory()
@@ -270,11 +279,10 @@ class LossFile:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError) as error:
             raise DreamBoothError(f"The file {path} is damaged: move it away, and a new one is begun.") from error
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
+        files.write_whole(path, "".join(kept))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, loss: float, lr: float) -> None:
-        self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
-        self.file.flush()
+        with writing("The losses", Path(self.file.name).parent):
+            self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
+            self.file.flush()

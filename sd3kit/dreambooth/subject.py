@@ -33,13 +33,13 @@ POSES = {
 # Eight pictures: name, caption, pose, background, height of the robot's square and its middle, in shares of the side.
 SCENES = [
     ("standing", "a sks robot on a yellow background", "standing", "yellow", 0.75, (0.5, 0.5)),
-    ("waving", "a sks robot waving on a white background", "waving", "white", 0.75, (0.46, 0.52)),
-    ("cheering", "a sks robot cheering on a teal background", "cheering", "teal", 0.8, (0.5, 0.52)),
-    ("left", "a sks robot facing left on a pink background", "facing left", "pink", 0.7, (0.45, 0.5)),
-    ("right", "a sks robot facing right on a gray background", "facing right", "gray", 0.75, (0.54, 0.48)),
-    ("sitting", "a sks robot sitting on a yellow background", "sitting", "yellow", 0.7, (0.52, 0.55)),
-    ("leaning", "a sks robot leaning on a gray background", "leaning", "gray", 0.7, (0.5, 0.5)),
-    ("small", "a small sks robot on a pink background", "standing", "pink", 0.45, (0.5, 0.55)),
+    ("waving", "a sks robot waving on a white background", "waving", "white", 0.75, (0.49, 0.5)),
+    ("cheering", "a sks robot cheering on a teal background", "cheering", "teal", 0.78, (0.5, 0.51)),
+    ("left", "a sks robot facing left on a pink background", "facing left", "pink", 0.75, (0.5, 0.5)),
+    ("right", "a sks robot facing right on a gray background", "facing right", "gray", 0.75, (0.5, 0.5)),
+    ("sitting", "a sks robot sitting on a yellow background", "sitting", "yellow", 0.75, (0.5, 0.5)),
+    ("leaning", "a sks robot leaning on a gray background", "leaning", "gray", 0.75, (0.5, 0.5)),
+    ("small", "a small sks robot on a pink background", "standing", "pink", 0.5, (0.5, 0.55)),
 ]
 NAME = "sks robot"
 

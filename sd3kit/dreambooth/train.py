@@ -4,13 +4,14 @@ Around it: options in `settings`, pictures and noise in `data`, what learns in `
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, free_memory
@@ -18,17 +19,18 @@ from diffusers.utils import is_bitsandbytes_version
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .. import files
 from . import hub, saving
-from .data import Samples, class_rows, collate, instance_rows
+from .checks import check
+from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
 from .model import (
     Denoiser,
     check_transformer,
-    encode,
+    encode_all,
     load,
     load_text,
     make_optimizer,
     make_trainable,
-    peft_note,
     quantized,
 )
 from .settings import DreamBoothError, Settings
@@ -78,6 +80,15 @@ def latents(batch: dict, vae: AutoencoderKL, device: torch.device) -> torch.Tens
     return (mean + std * batch["draw"].to(device) - shift) * vae.config.scaling_factor
 
 
+def to_host(loss: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A loss on its way to the CPU, and on a GPU what tells that it has arrived."""
+    if loss.device.type != "cuda":
+        return loss.detach(), None
+    copy, arrived = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
+
+
 def make_accelerator(settings: Settings) -> Accelerator:
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -106,19 +117,29 @@ def train(settings: Settings) -> Path:
     Raises:
         DreamBoothError, LoadError: whatever stops it, in one sentence; what was saved before is kept.
     """
-    s = settings
-    s.check()
-    accelerator = make_accelerator(s)
-    main, device = accelerator.is_main_process, accelerator.device
-    if s.base_quantization and device.type == "cpu":
+    check(settings)
+    accelerator = make_accelerator(settings)
+    if settings.base_quantization and accelerator.device.type == "cpu":
         raise DreamBoothError("--base_quantization needs a GPU, and this training is on the CPU: leave it out.")
-    rows = instance_rows(s)
-    check_transformer(s)
+    rows = instance_rows(settings)
+    check_transformer(settings)
+    with files.lock(settings.output_dir):
+        check(settings)  # again: what another training wrote meanwhile
+        return _train(settings, accelerator, rows)
+
+
+def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
+    main, device = accelerator.is_main_process, accelerator.device
     out, resumed = Path(s.output_dir), saving.find_checkpoint(s)
     progress = saving.read_progress(s, accelerator, resumed) if resumed else {"step": 0}
     drawn = int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed
     seed = broadcast_object_list([progress.get("seed", drawn)])[0]
     if main:
+        for folder in filter(
+            os.path.isdir, (s.instance_data_dir or "", s.with_prior_preservation and s.class_data_dir)
+        ):
+            if note := passed_over(Path(folder)):
+                print(note, flush=True)
         if s.resume_from_checkpoint and not resumed:
             print(f"{out} holds no checkpoint yet, so the training starts from the beginning.", flush=True)
         with saving.writing("The output folder", out):
@@ -136,27 +157,26 @@ def train(settings: Settings) -> Path:
         saving.draw_class_pictures(s, accelerator, seed)
         groups.append(class_rows(s))
     wanted = {row.caption for group in groups for row in group} | {s.validation_prompt or "", ""}
-    text, prompts = load_text(s, accelerator, dtype), {}
-    if not s.train_text_encoder:  # the captions are encoded once, and the encoders go
-        with torch.no_grad():
-            prompts = {p: [t.cpu() for t in encode(text, [p], s.max_sequence_length)] for p in sorted(wanted)}
-        text = None
-        free_memory()
+    prompts = encode_all(s, accelerator, dtype, wanted)  # once, and the encoders go
+    free_memory()
 
-    no_text = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
-    pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, **no_text, **quantized(s, dtype))
+    none = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
+    pipe = load(s, accelerator, torch.float32, transformer=None, **none)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     vae = pipe.vae.requires_grad_(False)
-    if dtype != torch.float32:
-        vae.to(torch.float32)
+    vae.enable_slicing()  # one picture at a time: at 1024 px one fills a GPU, and four take gigabytes
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last)
     side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     samples = Samples(groups, s, seed, (vae.config.latent_channels, side, side))
-    if s.cache_latents:
+    if s.cache_latents or samples.fixed():  # before the transformer comes: the peak is the larger of the two
         samples.cache(vae)
         vae.to("cpu")
+        free_memory()
 
-    if s.train_text_encoder and main and (note := peft_note()):
-        print(note, flush=True)
+    pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, vae=None, **none, **quantized(s, dtype))
+    clips = dict(text_encoder_3=None, tokenizer_3=None)  # the T5 does not learn: what it said of the captions is kept
+    text = load_text(s, accelerator, dtype, **clips) if s.train_text_encoder else None
     model = Denoiser(pipe.transformer, text)
     make_trainable(s, model)
     optimizer = make_optimizer(s, model, accelerator.num_processes)
@@ -195,7 +215,7 @@ def train(settings: Settings) -> Path:
     accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
     log = saving.LossFile(out / "losses.jsonl", step) if main else None
     if main:
-        (out / "settings.json").write_text(json.dumps(s.public(), indent=1), encoding="utf-8")
+        files.write_whole(out / "settings.json", json.dumps(s.public(), indent=1))
         went = f", going on from {resumed.name}" if resumed else ""
         learning = sum(p.numel() for p in accelerator.unwrap_model(model).parameters() if p.requires_grad)
         print(
@@ -207,30 +227,29 @@ def train(settings: Settings) -> Path:
     # each process takes its places of each forward pass; after a resume the count goes on where it was
     passes = range(step * s.gradient_accumulation_steps, steps * s.gradient_accumulation_steps)
     first = accelerator.process_index * s.train_batch_size
-    numbers = [k * batch_of_all + first + j for k in passes for j in range(s.train_batch_size)]
-    own = torch.Generator()  # a loader draws a number when it starts; from torch's own it would shift a resumed dropout
     loader = DataLoader(
         samples,
-        s.train_batch_size,
-        sampler=numbers,
+        batch_sampler=([k * batch_of_all + first + j for j in range(s.train_batch_size)] for k in passes),
         collate_fn=collate,
         num_workers=s.dataloader_num_workers,
-        generator=own,
+        pin_memory=device.type == "cuda",  # a copy from other memory waits until the device has done all before it
+        generator=torch.Generator(),  # a loader draws a number; from torch's own it would shift a resumed dropout
     )
     model.train()
     total = torch.zeros((), device=device)
+    on_its_way = []  # losses of updates; on a GPU one is read when the next update has been queued
     with tqdm(total=steps, initial=step, unit="step", disable=not accelerator.is_local_main_process) as bar:
         for batch in loader:
             with accelerator.accumulate(model):
-                x0, noise = latents(batch, vae, device), batch["noise"].to(device)
-                sigma, timesteps = (t.to(device) for t in noise_levels(batch["u"].flatten(), scheduler))
+                sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
+                batch = send_to_device(batch, device, non_blocking=True)
+                x0, noise, captions = latents(batch, vae, device), batch["noise"], batch["caption"]
                 x = (1 - sigma) * x0 + sigma * noise
-                captions = batch["caption"]
-                if not s.train_text_encoder:
-                    captions = [
-                        torch.cat(parts).to(device) for parts in zip(*(prompts[c] for c in captions), strict=True)
-                    ]
-                velocity = model(x.to(dtype), timesteps, captions, s.max_sequence_length)
+                embeds, pooled = (
+                    torch.cat([t.to(device, non_blocking=True) for t in parts])
+                    for parts in zip(*(prompts[c] for c in captions), strict=True)
+                )
+                velocity = model(x.to(dtype), timesteps, embeds, pooled, captions)
                 each = flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
                 subject, *prior = each.chunk(len(groups))
                 loss = subject.mean() + s.prior_loss_weight * sum(part.mean() for part in prior)
@@ -245,18 +264,25 @@ def train(settings: Settings) -> Path:
             lr = optimizer.param_groups[0]["lr"]
             lr_scheduler.step()
             step += 1
-            mean_loss = accelerator.reduce(total, "mean").item()
-            total.zero_()
-            if not torch.isfinite(torch.tensor(mean_loss)):
-                raise DreamBoothError(f"The loss is {mean_loss} at step {step}: {saving.AGAIN}")
             bar.update()
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=lr)
-            accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
-            if log:
-                log.write(step, mean_loss, lr)
-            if step % s.checkpointing_steps == 0:
+            due = step % s.checkpointing_steps == 0
+            drawing = draws and step < steps and step % (per_epoch * s.validation_epochs) == 0
+            on_its_way.append((step, lr, *to_host(accelerator.reduce(total, "mean"))))
+            total = torch.zeros_like(total)
+            while on_its_way[1:] or (on_its_way and (due or drawing or step == steps or device.type != "cuda")):
+                said, rate, mean_loss, arrived = on_its_way.pop(0)
+                if arrived:
+                    arrived.synchronize()
+                mean_loss = mean_loss.item()
+                if not math.isfinite(mean_loss):
+                    raise DreamBoothError(f"The loss is {mean_loss} at step {said}: {saving.AGAIN}")
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=rate)
+                accelerator.log({"loss": mean_loss, "lr": rate}, step=said)
+                if log:
+                    log.write(said, mean_loss, rate)
+            if due:
                 saving.save_checkpoint(s, accelerator, model, step, seed)
-            if draws and step < steps and step % (per_epoch * s.validation_epochs) == 0:
+            if drawing:
                 saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
 
     saving.save_result(s, accelerator, model, step, dtype)
