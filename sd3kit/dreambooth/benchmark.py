@@ -1,10 +1,12 @@
-"""How fast and how large a training is: this package's command beside diffusers' own script, on the same pictures.
+"""How fast and how large a training is: this package's command beside diffusers' own script, and a ladder of its own.
 
     python -m sd3kit.dreambooth.benchmark --script train_dreambooth_lora_sd3.py --out training.jsonl
+    TMPDIR=/dev/shm python -m sd3kit.dreambooth.benchmark --script train_dreambooth_lora_sd3.py --out training.jsonl \\
+        --model medium --weights random --resolution 1024 --precision bf16 --steps 12   # on a GPU, without a download
 
 Two comparisons: `defaults`, each with its own, and `equal`, the same caching and checkpointing on both sides, so that
-one sees what the code is worth and what the settings are. Both train the same loss (`--precondition_outputs=0`). Each
-training is a process of its own. Without `--script` only ours runs, and the record says so.
+one sees what the code is worth and what the settings are. Then the ladder, ours alone, each rung with those before it.
+All train the same loss (`--precondition_outputs=0`), each in a process of its own. The script needs torchvision.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import itertools
 import json
 import re
 import runpy
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -21,27 +24,42 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..errors import UserError, answer
+from ..loading import names
 from ..loading.device import environment_alone
 from . import subject
 
-OURS = "sd3kit.dreambooth"
-SETS = {"defaults": [], "equal": ["--cache_latents", "--gradient_checkpointing"]}
+OURS, THEIRS = "sd3kit", "diffusers' script"
+BOTH, ALONE = (OURS, THEIRS), (OURS,)
+LADDER = ["--cache_latents", "--gradient_checkpointing", "--use_8bit_adam", "--base_quantization=nf4"]
+# What is trained: the options on top of `arguments`, and by whom.
+SETS = {
+    "defaults": ([], BOTH),
+    "equal": (LADDER[:2], BOTH),
+    "cached": (LADDER[:1], ALONE),
+    "8-bit Adam": (LADDER[:3], ALONE),
+    "NF4": (LADDER, ALONE),
+}
 
 
 def inside(target: str, arguments: list[str], report: Path) -> None:
     """Run a module or a script in this process, and write the time of each update and the peak memory to `report`.
 
-    The clock is a hook that torch calls after each step of any optimizer, so it needs nothing of what is measured.
+    The clock is a hook that torch calls after each step of any optimizer, so it needs nothing of what is measured. On a
+    GPU it leaves marks in the device's queue, and waits for nothing: a training that keeps the queue full is to gain.
     """
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    times, cuda = [], torch.cuda.is_available()
+    marks, before, cuda = [], [], torch.cuda.is_available()
 
     def note(*_) -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
         if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
+            marks[-1].record()
+            if len(marks) == 1:  # what loading, encoding and the first update took is kept apart
+                before.append(torch.cuda.max_memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
 
     register_optimizer_step_post_hook(note)
     sys.argv = [target, *arguments]
@@ -58,7 +76,12 @@ def inside(target: str, arguments: list[str], report: Path) -> None:
 
     memory = psutil.Process().memory_info()
     host = getattr(memory, "peak_wset", None) or _peak_resident()
-    found = {"updates": times, "host_peak": host, "device_peak": torch.cuda.max_memory_allocated() if cuda else None}
+    found = {"host_peak": host, "device_peak": None, "updates": marks}
+    if cuda:
+        torch.cuda.synchronize()
+        later = torch.cuda.max_memory_allocated()
+        found |= {"device_peak": max(later, *before), "device_peak_of_updates": later}
+        found["updates"] = [marks[0].elapsed_time(mark) / 1000 for mark in marks]
     report.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -81,8 +104,11 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
 
     Returns:
         `seconds`: of an update, `measure`'s median and spread, the first left out; `device_peak` (None without a
-        GPU) and `host_peak` in bytes; `loss`: of what was saved, on noise that no training has seen. Or `failed` with
-        the process's last words.
+        GPU), of it all and of the updates, and `host_peak` in bytes; `loss`: of what was saved, on noise that no
+        training has seen, or `failed` and why there is none.
+
+    Raises:
+        MemoryError, RuntimeError: the process's last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         report, out = Path(folder) / "report.json", Path(folder) / "out"
@@ -91,13 +117,15 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
             [sys.executable, "-m", __spec__.name, *words], env=environment_alone(), capture_output=True, text=True
         )
         if done.returncode or not report.exists():
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"failed": said[-1][:300] if said else f"exit code {done.returncode}"}
+            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            raise (MemoryError if "memory is full" in said[-1] or "out of memory" in said[-1] else RuntimeError)(
+                said[-1]
+            )
         found = json.loads(report.read_text(encoding="utf-8"))
         updates = found.pop("updates")
         times = [b - a for a, b in itertools.pairwise(updates[1:])]
         if not times:
-            return {"failed": "fewer than three updates: nothing to time"}
+            raise RuntimeError("fewer than three updates: nothing to time")
         found["seconds"] = {"median": statistics.median(times), "low": min(times), "high": max(times), "n": len(times)}
         try:
             return found | ({"loss": saved_loss(arguments, out)} if loss else {})
@@ -130,7 +158,7 @@ def saved_loss(arguments: list[str], out: Path) -> float:
         with torch.no_grad():
             x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
             sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
-            embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length)
+            embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length, pipe.device)
             x = ((1 - sigma) * x0 + sigma * noise).to(pipe.transformer.dtype)
             velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
         losses.append(flow_matching_loss(velocity, x0, noise, sigma).mean().item())
@@ -139,12 +167,10 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     return statistics.fmean(losses)
 
 
-def arguments(options: argparse.Namespace) -> list[str]:
+def arguments(options: argparse.Namespace, source: str) -> list[str]:
     """What both sides are given."""
-    from ..loading import names
-
     return [
-        f"--pretrained_model_name_or_path={names.resolve(options.model)}",
+        f"--pretrained_model_name_or_path={source}",
         f"--instance_data_dir={options.pictures}",
         "--instance_prompt=a sks robot",
         f"--resolution={options.resolution}",
@@ -159,63 +185,108 @@ def arguments(options: argparse.Namespace) -> list[str]:
     ]
 
 
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m sd3kit.dreambooth.benchmark", description=__doc__.split("\n")[0])
+    top.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sd3.py of your own copy")
+    top.add_argument("--model", default="nano", help="a name of sd3kit, a folder or a Hub id (%(default)s)")
+    top.add_argument("--weights", choices=("trained", "random"), default="trained", help="random: no download")
+    top.add_argument("--pictures", type=Path, default=subject.PICTURES, help="the folder (this project's eight)")
+    top.add_argument("--resolution", type=int, default=128, help="pixels of a side (%(default)s)")
+    top.add_argument("--batch", type=int, default=1, help="pictures an update (%(default)s)")
+    top.add_argument("--steps", type=int, default=40, help="updates of each training, at least 4 (%(default)s)")
+    top.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="of both (%(default)s)")
+    top.add_argument("--sets", nargs="*", choices=tuple(SETS), default=list(SETS), help="some of these, all without")
+    top.add_argument(
+        "--out", type=Path, default=Path("training.jsonl"), help="the records, as JSON lines (%(default)s)"
+    )
+    top.add_argument("--inside", help=argparse.SUPPRESS)
+    top.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    top.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    return top
+
+
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sd3kit.dreambooth.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sd3.py of your own copy")
-    parser.add_argument("--model", default="nano", help="a name of sd3kit, a folder or a Hub id (%(default)s)")
-    parser.add_argument("--pictures", type=Path, default=subject.PICTURES, help="the folder (this project's five)")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels of a side (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures an update (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="updates of each training, at least 4 (%(default)s)")
-    parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="of both (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write the records here, as JSON lines")
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
+    options = parser().parse_args(words)
     if options.inside:
         inside(options.inside, options.rest, options.report)
         return 0
-    if options.steps < 4:
-        parser.error(f"--steps must be at least 4, not {options.steps}.")
+    return answer(lambda: compare(options))
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run every training of the chosen sets; a row that is in the file for the same machine and settings is left.
+
+    Returns:
+        1 where a training ended with an error other than a full memory, else 0.
+
+    Raises:
+        UserError: a wrong argument, in one sentence.
+    """
+    if options.steps < 4 or options.batch < 1 or options.resolution < 64:
+        raise UserError("--steps must be at least 4, --batch 1 and --resolution 64.")
     if options.script and not options.script.is_file():
-        parser.error(f"there is no script {options.script}: give the path of diffusers' train_dreambooth_lora_sd3.py.")
+        raise UserError(f"there is no script {options.script}: give diffusers' train_dreambooth_lora_sd3.py.")
     if not options.pictures.is_dir():
-        parser.error(f"there is no folder {options.pictures}: give the pictures' folder.")
+        raise UserError(f"there is no folder {options.pictures}: give the pictures' folder.")
+    from .. import files, records
     from .data import picture_files
 
-    records = []
-    with tempfile.TemporaryDirectory() as pictures:
+    files.check_writable(options.out)
+    known = ("model", "weights", "resolution", "batch", "steps", "precision")
+    identity = {name: getattr(options, name) for name in known}
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in identity.items()]
+    script = options.script and options.script.read_bytes()
+    command = " ".join(
+        ["python -m sd3kit.dreambooth.benchmark", *([f"--script {options.script.name}"] if script else []), *given]
+    )
+    identity |= {key: records.stamp("")[key] for key in ("device", "versions")}
+    identity["script"] = hashlib.sha256(script).hexdigest()[:16] if script else None
+    with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
+        pictures, source = Path(folder) / "pictures", names.resolve(options.model)
+        pictures.mkdir()
         for picture in picture_files(options.pictures):  # alone: the script opens every file there as a picture
             shutil.copy(picture, pictures)
         options.pictures = pictures
-        for setting, more in SETS.items():
-            for name, target in (("sd3kit", OURS), ("diffusers' script", options.script)):
-                if target is None:
-                    found = {"failed": "not run: --script names diffusers' script"}
-                else:
-                    found = run(str(target), [*arguments(options), *more])
-                records.append({"row": f"{setting}, {name}", "settings": setting, "command": name} | found)
-                print(line(records[-1]), flush=True)
-    if options.out:
-        names = ("model", "resolution", "batch", "steps", "precision")
-        given = {name: getattr(options, name) for name in names}
-        script = [f"--script {options.script.name}"] if options.script else []
-        words = [*script, *(f"--{name} {value}" for name, value in given.items()), f"--out {options.out.name}"]
-        stamp = given | {"stamp": records.stamp(" ".join(["python -m sd3kit.dreambooth.benchmark", *words]))}
-        if options.script:
-            stamp["script"] = hashlib.sha256(options.script.read_bytes()).hexdigest()[:16]
-        options.out.write_text("".join(json.dumps(r | stamp) + "\n" for r in records), encoding="utf-8")
-    return 0
+        if options.weights == "random":
+            source = build(options.model, Path(folder) / "model")
+        rows = {}
+        for setting in options.sets:
+            more, sides = SETS[setting]
+            for side in sides:
+                target = "sd3kit.dreambooth" if side == OURS else options.script
+                if target:
+                    words = [*arguments(options, source), *more]
+                    rows[f"{setting}, {side}"] = lambda target=target, words=words: run(str(target), words)
+        found = records.study(rows, options.out, identity, command)
+    for record in found:
+        print(line(record))
+    return int(any("raises" in record for record in found))
+
+
+def build(model: str, folder: Path) -> str:
+    """A model with random weights, drawn on the device and written to a folder that both sides can load."""
+    from diffusers.training_utils import free_memory
+
+    from ..loading.pipeline import load
+
+    folder.mkdir()
+    if model != "nano" and shutil.disk_usage(folder).free < 20 * 2**30:
+        raise UserError(f"random weights need 20 GiB in {folder.parent.parent}: set TMPDIR to a place with more.")
+    pipe = load(model, weights="random", quiet=True)
+    pipe.save_pretrained(folder)
+    del pipe
+    free_memory()
+    return str(folder)
 
 
 def line(record: dict) -> str:
     """A record in words: settings, command, seconds an update, peak memory and loss, or why it failed."""
-    title = f"{record['settings']:<10}{record['command']:<20}"
-    if "failed" in record:
-        return f"{title}{record['failed']}"
+    title, why = f"{record['row']:<30}", [record[k] for k in ("failed", "raises", "out_of_memory") if k in record]
+    if "seconds" not in record:
+        return f"{title}{why[0]}"
     seconds, memory = record["seconds"]["median"], record["device_peak"] or record["host_peak"]
-    return f"{title}{seconds:.3f} s an update, peak {memory / 2**20:.0f} MiB, loss {record['loss']:.4f}"
+    loss = f"loss {record['loss']:.4f}" if "loss" in record else why[0]
+    return f"{title}{seconds:.3f} s an update, peak {memory / 2**20:.0f} MiB, {loss}"
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ def passed_over(folder: Path) -> str:
     """A sentence that counts and names what is in a folder and is neither picture nor caption; empty for nothing."""
     used = {*picture_files(folder), *(p for p in _visible(folder) if p.suffix in CAPTION_FILES)}
     names = [f"{p.name}/" if p.is_dir() else p.name for p in sorted(_visible(folder)) if p not in used]
-    more = ", ..." if len(names) > 8 else ""
-    return (
-        names
-        and f"Passed over in {folder}: {len(names)} ({', '.join(names[:8])}{more}). Used are files of the "
-        f"folder itself that end in {', '.join(SUFFIXES)}."
-    )
+    if not names:
+        return ""
+    said = ", ".join([*names[:8], *["..."] * (len(names) > 8)])
+    return f"Passed over in {folder}: {len(names)} ({said}). Used are the folder's own files {', '.join(SUFFIXES)}."
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from .model import Denoiser, encode_clips, load
 from .settings import PROGRESS, DreamBoothError, Settings
 
 TRAINED_FILE = "trained.safetensors"
+FROM_THE_START = "the model's weights hold NaN, or overflow in fp16: get the model again, or use bf16 or no."
 AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
 
 

@@ -30,6 +30,7 @@ POSES = {
     "sitting": {"feet": (30, 98), "down": 8, "arms": (60, 60)},
     "leaning": {"tilt": -20.0, "arms": (75, 20)},
 }
+# They stand where nano's own subjects stand: where the place varied as well, a hundred steps mixed them.
 # Eight pictures: name, caption, pose, background, height of the robot's square and its middle, in shares of the side.
 SCENES = [
     ("standing", "a sks robot on a yellow background", "standing", "yellow", 0.75, (0.5, 0.5)),

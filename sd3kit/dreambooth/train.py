@@ -275,7 +275,8 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
                     arrived.synchronize()
                 mean_loss = mean_loss.item()
                 if not math.isfinite(mean_loss):
-                    raise DreamBoothError(f"The loss is {mean_loss} at step {said}: {saving.AGAIN}")
+                    why = saving.AGAIN if said > 1 else saving.FROM_THE_START
+                    raise DreamBoothError(f"The loss is {mean_loss} at step {said}: {why}")
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=rate)
                 accelerator.log({"loss": mean_loss, "lr": rate}, step=said)
                 if log:
