@@ -10,6 +10,7 @@ All train the same loss (`--precondition_outputs=0`), each in a process of its o
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -72,11 +73,7 @@ def inside(target: str, arguments: list[str], report: Path) -> None:
     except SystemExit as error:
         if error.code:
             raise
-    import psutil
-
-    memory = psutil.Process().memory_info()
-    host = getattr(memory, "peak_wset", None) or _peak_resident()
-    found = {"host_peak": host, "device_peak": None, "updates": marks}
+    found = {"host_peak": peak_resident(), "device_peak": None, "updates": marks}
     if cuda:
         torch.cuda.synchronize()
         later = torch.cuda.max_memory_allocated()
@@ -85,21 +82,16 @@ def inside(target: str, arguments: list[str], report: Path) -> None:
     report.write_text(json.dumps(found), encoding="utf-8")
 
 
-def _peak_resident() -> int:
-    """The largest resident memory of this process so far, in bytes (Linux and macOS).
+def peak_resident() -> int | None:
+    """The largest resident memory of this process so far, in bytes; None where the system is not Linux.
 
-    Linux's `getrusage` is of no use here: a new process starts with the peak of the one that started it.
+    `getrusage` is of no use here: a new process starts with the peak of the one that started it.
     """
-    if sys.platform == "linux":
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-        if found:
-            return 1024 * int(found[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii"))[1]) if status.exists() else None
 
 
-def run(target: str, arguments: list[str], loss: bool = True) -> dict:
+def run(target: str, arguments: list[str]) -> dict:
     """Train once in a process of its own.
 
     Returns:
@@ -117,18 +109,14 @@ def run(target: str, arguments: list[str], loss: bool = True) -> dict:
             [sys.executable, "-m", __spec__.name, *words], env=environment_alone(), capture_output=True, text=True
         )
         if done.returncode or not report.exists():
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-            raise (MemoryError if "memory is full" in said[-1] or "out of memory" in said[-1] else RuntimeError)(
-                said[-1]
-            )
+            last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"])[-1]
+            full = "memory is full" in last or "out of memory" in last
+            raise (MemoryError if full else RuntimeError)(last)
         found = json.loads(report.read_text(encoding="utf-8"))
-        updates = found.pop("updates")
-        times = [b - a for a, b in itertools.pairwise(updates[1:])]
-        if not times:
-            raise RuntimeError("fewer than three updates: nothing to time")
+        times = [b - a for a, b in itertools.pairwise(found.pop("updates")[1:])]
         found["seconds"] = {"median": statistics.median(times), "low": min(times), "high": max(times), "n": len(times)}
         try:
-            return found | ({"loss": saved_loss(arguments, out)} if loss else {})
+            return found | {"loss": saved_loss(arguments, out)}
         except Exception as error:  # what was timed is kept
             return found | {"failed": f"its loss could not be measured: {type(error).__name__}: {error}"[:300]}
 
@@ -141,9 +129,9 @@ def saved_loss(arguments: list[str], out: Path) -> float:
 
     from ..loading.pipeline import load
     from . import data
-    from .model import encode
+    from .model import Denoiser, encode
     from .settings import parse
-    from .train import flow_matching_loss, latents, noise_levels
+    from .train import sample_losses
 
     settings = parse(arguments)
     pipe = load(settings.pretrained_model_name_or_path, quiet=True)
@@ -152,16 +140,14 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     side = settings.resolution // pipe.vae_scale_factor
     samples = data.Samples([data.instance_rows(settings)], settings, 99, (pipe.vae.config.latent_channels, side, side))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    losses = []
-    for n in range(20):
-        batch = data.collate([samples[n]])
-        with torch.no_grad():
-            x0, noise = latents(batch, pipe.vae, pipe.device), batch["noise"].to(pipe.device)
-            sigma, timesteps = (t.to(pipe.device) for t in noise_levels(batch["u"].flatten(), scheduler))
-            embeds, pooled = encode(pipe, batch["caption"], settings.max_sequence_length, pipe.device)
-            x = ((1 - sigma) * x0 + sigma * noise).to(pipe.transformer.dtype)
-            velocity = pipe.transformer(x, embeds, pooled, timesteps).sample
-        losses.append(flow_matching_loss(velocity, x0, noise, sigma).mean().item())
+    batch = data.collate([samples[n] for n in range(20)])
+    prompt, losses = settings.instance_prompt, []
+    with torch.no_grad():
+        prompts = {prompt: encode(pipe, [prompt], settings.max_sequence_length, pipe.device)}
+        for n in range(20):
+            one = {key: values[n : n + 1] for key, values in batch.items()}
+            found = sample_losses(settings, one, Denoiser(pipe.transformer), pipe.vae, scheduler, prompts)
+            losses.append(found.mean().item())
     del pipe
     free_memory()  # the next training is another process on the same device
     return statistics.fmean(losses)
@@ -236,27 +222,25 @@ def compare(options: argparse.Namespace) -> int:
     identity = {name: getattr(options, name) for name in known}
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in identity.items()]
     script = options.script and options.script.read_bytes()
-    command = " ".join(
-        ["python -m sd3kit.dreambooth.benchmark", *([f"--script {options.script.name}"] if script else []), *given]
-    )
+    given = [f"--script {options.script.name}"] * bool(script) + given
+    command = " ".join(["python -m sd3kit.dreambooth.benchmark", *given])
     identity |= {key: records.stamp("")[key] for key in ("device", "versions")}
     identity["script"] = hashlib.sha256(script).hexdigest()[:16] if script else None
     with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
-        pictures, source = Path(folder) / "pictures", names.resolve(options.model)
+        pictures = Path(folder) / "pictures"
         pictures.mkdir()
         for picture in picture_files(options.pictures):  # alone: the script opens every file there as a picture
             shutil.copy(picture, pictures)
         options.pictures = pictures
-        if options.weights == "random":
-            source = build(options.model, Path(folder) / "model")
+        random = options.weights == "random"
+        source = build(options.model, Path(folder) / "model") if random else names.resolve(options.model)
         rows = {}
         for setting in options.sets:
             more, sides = SETS[setting]
-            for side in sides:
-                target = "sd3kit.dreambooth" if side == OURS else options.script
-                if target:
-                    words = [*arguments(options, source), *more]
-                    rows[f"{setting}, {side}"] = lambda target=target, words=words: run(str(target), words)
+            targets = {OURS: "sd3kit.dreambooth", THEIRS: options.script}
+            for side in filter(targets.get, sides):
+                words = str(targets[side]), [*arguments(options, source), *more]
+                rows[f"{setting}, {side}"] = functools.partial(run, *words)
         found = records.study(rows, options.out, identity, command)
     for record in found:
         print(line(record))

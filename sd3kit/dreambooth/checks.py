@@ -11,12 +11,17 @@ from .settings import PROGRESS, TRACKERS, DreamBoothError, Settings, installed, 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 MANY = 10_000_000  # updates, epochs: years
 # The least and the most that makes sense. Every number has limits, so NaN and infinity are within none.
-LIMITS = {
-    "repeats": (1, 1000),
+LIMITS = dict.fromkeys(("repeats", "train_batch_size", "sample_batch_size"), (1, 1000)) | {
+    **dict.fromkeys(("max_train_steps", "num_train_epochs", "checkpointing_steps", "validation_epochs"), (1, MANY)),
+    **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles"), (1, MANY)),
+    **dict.fromkeys(("adam_weight_decay", "adam_weight_decay_text_encoder", "text_encoder_lr"), (0, 10)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "prodigy_beta3"), (0, 0.9999999)),
+    "lr_warmup_steps": (0, MANY),
+    "local_rank": (-1, MANY),
     "max_sequence_length": (1, 512),
     "resolution": (64, 8192),
     "num_class_images": (1, 100_000),
-    "sample_batch_size": (1, 1000),
+    "num_validation_images": (0, 1000),
     "prior_loss_weight": (0, 1000),
     "rank": (1, 4096),
     "lora_dropout": (0, 0.99),
@@ -24,29 +29,13 @@ LIMITS = {
     "logit_std": (1e-6, 10),
     "mode_scale": (-1, 1.75),  # the paper's: beyond, levels are drawn from outside of 0..1
     "precondition_outputs": (0, 1),
-    "train_batch_size": (1, 1000),
-    "num_train_epochs": (1, MANY),
-    "max_train_steps": (1, MANY),
     "gradient_accumulation_steps": (1, 10_000),
     "learning_rate": (1e-12, 10),
-    "text_encoder_lr": (0, 10),
-    "lr_warmup_steps": (0, MANY),
-    "lr_num_cycles": (1, MANY),
     "lr_power": (0, 100),
-    "adam_beta1": (0, 0.99999),
-    "adam_beta2": (0, 0.9999999),
-    "prodigy_beta3": (0, 0.9999999),
-    "adam_weight_decay": (0, 10),
-    "adam_weight_decay_text_encoder": (0, 10),
     "adam_epsilon": (0, 1),
     "max_grad_norm": (1e-12, 1e12),
     "dataloader_num_workers": (0, 256),
     "seed": (0, 2**32 - 1),
-    "checkpointing_steps": (1, MANY),
-    "checkpoints_total_limit": (1, MANY),
-    "num_validation_images": (0, 1000),
-    "validation_epochs": (1, MANY),
-    "local_rank": (-1, MANY),
 }
 
 
@@ -63,7 +52,7 @@ def check(settings: Settings) -> None:
 def _problems(s: Settings):
     """What is wrong with the settings, sentence by sentence."""
     for name, (kind, optional) in kinds().items():
-        value, choices = getattr(s, name), s.__dataclass_fields__[name].metadata["choices"]
+        value, choices = getattr(s, name), s.__dataclass_fields__[name].metadata.get("choices")
         if value is None and optional:
             continue
         wanted = (int, float) if kind is float else kind
@@ -88,33 +77,30 @@ def _problems(s: Settings):
         yield 'Name the subject: --instance_prompt "a photo of sks dog".'
     if s.with_prior_preservation and not (s.class_data_dir and (s.class_prompt or "").strip()):
         yield "Prior preservation needs --class_data_dir and --class_prompt."
-    if (
-        s.with_prior_preservation
-        and s.instance_data_dir
-        and os.path.realpath(s.class_data_dir) == os.path.realpath(s.instance_data_dir)
-    ):
+    folders = [os.path.realpath(folder) for folder in (s.instance_data_dir, s.class_data_dir) if folder]
+    if len(folders) > len(set(folders)):
         yield "--class_data_dir and --instance_data_dir are one folder: give the class pictures a folder of their own."
     if s.resolution % 16:
         yield f"--resolution must be divisible by 16, not {s.resolution}: try {max(64, round(s.resolution / 16) * 16)}."
     if s.optimizer.lower() not in ("adamw", "prodigy"):
         yield f"--optimizer must be AdamW or prodigy, not {s.optimizer!r}."
-    if s.optimizer.lower() == "prodigy" and not installed("prodigyopt"):
-        yield "--optimizer prodigy needs a package: pip install prodigyopt."
     if s.use_8bit_adam and s.optimizer.lower() != "adamw":
         yield "--use_8bit_adam goes with --optimizer AdamW only."
-    if s.use_8bit_adam and not installed("bitsandbytes"):
-        yield "--use_8bit_adam needs a package: pip install bitsandbytes."
     if s.base_quantization and s.full_finetuning:
         yield "--base_quantization is for LoRA: with --full_finetuning the weights themselves learn."
-    if s.base_quantization and not installed("bitsandbytes"):
-        yield "--base_quantization needs a package: pip install bitsandbytes."
     if s.report_to not in (*TRACKERS, "all", "none"):
         yield f"--report_to must be one of {', '.join(TRACKERS)}, all, none, not {s.report_to!r}."
     for tracker in ("wandb", "comet_ml"):
         if s.hub_token and (s.report_to == tracker or (s.report_to == "all" and installed(tracker))):
             yield f"--hub_token would be stored by {tracker} with the command: use `hf auth login` in its place."
-    if s.report_to in ("wandb", "comet_ml") and not installed(s.report_to):
-        yield f"--report_to {s.report_to} needs a package: pip install {s.report_to}."
+    for option, package, wanted in (
+        ("--optimizer prodigy", "prodigyopt", s.optimizer.lower() == "prodigy"),
+        ("--use_8bit_adam", "bitsandbytes", s.use_8bit_adam),
+        ("--base_quantization", "bitsandbytes", s.base_quantization),
+        (f"--report_to {s.report_to}", s.report_to, s.report_to in ("wandb", "comet_ml")),
+    ):
+        if wanted and not installed(package):
+            yield f"{option} needs a package: pip install {package}."
     if s.lora_blocks and not all(block.strip().isdigit() for block in s.lora_blocks.split(",")):
         yield f"--lora_blocks are numbers with commas, such as 12,30, not {s.lora_blocks!r}."
     if s.full_finetuning and (s.train_text_encoder or s.lora_layers or s.lora_blocks):

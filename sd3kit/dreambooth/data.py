@@ -55,14 +55,16 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir())
 
 
-def passed_over(folder: Path) -> str:
-    """A sentence that counts and names what is in a folder and is neither picture nor caption; empty for nothing."""
+def passed_over(settings: Settings) -> str:
+    """A sentence that counts and names what the pictures' folder holds beside pictures and captions, or nothing."""
+    if not settings.instance_data_dir:
+        return ""
+    folder = Path(settings.instance_data_dir)
     used = {*picture_files(folder), *(p for p in _visible(folder) if p.suffix in CAPTION_FILES)}
     names = [f"{p.name}/" if p.is_dir() else p.name for p in sorted(_visible(folder)) if p not in used]
-    if not names:
-        return ""
     said = ", ".join([*names[:8], *["..."] * (len(names) > 8)])
-    return f"Passed over in {folder}: {len(names)} ({said}). Used are the folder's own files {', '.join(SUFFIXES)}."
+    used = f"Used are the folder's own files {', '.join(SUFFIXES)}."
+    return f"Passed over in {folder}: {len(names)} ({said}). {used}" if names else ""
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -156,11 +158,12 @@ def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
         if column not in loaded.column_names:
             raise DreamBoothError(f"{name} has no column {column}: it has {', '.join(loaded.column_names)}.")
     captions = loaded[settings.caption_column] if settings.caption_column else [""] * len(loaded)
-    try:  # as files, so that a picture is opened here, with the limits above
-        files = list(loaded.cast_column(settings.image_column, Undecoded(decode=False))[settings.image_column])
+    column = settings.image_column
+    try:  # as files, so that a picture is opened here, with the limits of all pictures
+        files = list(loaded.cast_column(column, Undecoded(decode=False))[column])
     except Exception as error:
         raise DreamBoothError(
-            f"The column {settings.image_column} of {name} holds no pictures: give another --image_column."
+            f"The column {column} of {name} holds no pictures: give another --image_column."
         ) from error
     pairs = []
     for n, (file, caption) in enumerate(zip(files, captions, strict=True)):

@@ -1,23 +1,20 @@
-"""The options of `sd3kit.dreambooth`: one typed field each, with its help; a command line and a file that give them.
+"""The options of `sd3kit.dreambooth`: one typed field each, with its help, and the command line that gives them.
 
 Names, spelling and meaning are those of diffusers' `examples/dreambooth/train_dreambooth_lora_sd3.py`, which people's
 notes use. A default differs in one place, and its help says so.
 """
 
-import argparse
 import dataclasses
 import difflib
 import importlib.util
-import json
 import types
 import typing
-from pathlib import Path
 
 from ..errors import UserError
 
 WEIGHTING = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SECRET = "hub_token"
 PROGRESS = "progress.json"  # written last: a checkpoint that has it is whole, and this command's
 
@@ -27,31 +24,27 @@ class DreamBoothError(UserError):
 
 
 def option(default, text: str, choices: tuple[str, ...] | None = None, **more):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices}, **more)
+    limited = {"choices": choices} if choices else {}
+    return dataclasses.field(default=default, metadata={"help": text} | limited, **more)
 
 
 @dataclasses.dataclass
 class Settings:
-    """How to train. Every field is an option of the command line and a key of a settings file."""
+    """How to train. Every field is an option of the command line."""
 
     # the model
-    pretrained_model_name_or_path: str | None = option(
-        None, "the model to teach: a Hub id, a saved pipeline's folder, or a name of sd3kit such as nano or medium"
-    )
+    pretrained_model_name_or_path: str | None = option(None, "the model to teach: a Hub id, a folder, or a sd3kit name")
     revision: str | None = option(None, "the Hub revision of the model")
     variant: str | None = option(None, "the variant of its files, such as fp16")
     full_finetuning: bool = option(False, "train all of the transformer and save a whole pipeline, in place of a LoRA")
     # the pictures
-    instance_data_dir: str | None = option(
-        None, "a folder of pictures of the subject; a NAME.txt beside NAME.png is its caption"
-    )
+    instance_data_dir: str | None = option(None, "a folder of pictures; a NAME.txt beside NAME.png is its caption")
     dataset_name: str | None = option(None, "in place of a folder: a data set of the Hub, or a local one's folder")
     dataset_config_name: str | None = option(None, "the data set's configuration")
     cache_dir: str | None = option(None, "where downloaded data sets are kept")
     image_column: str = option("image", "the data set's column of pictures")
     caption_column: str | None = option(
-        None,
-        "the column of captions, of the data set or of a metadata.jsonl in the folder; no caption: instance_prompt",
+        None, "the column of captions, of the data set or a metadata.jsonl in the folder"
     )
     repeats: int = option(1, "how many times a picture counts in an epoch")
     instance_prompt: str | None = option(None, 'the prompt that names the subject, such as "a photo of sks dog"')
@@ -60,7 +53,7 @@ class Settings:
     center_crop: bool = option(False, "cut the middle out of a picture, not a random part")
     random_flip: bool = option(False, "mirror half of the pictures")
     cache_latents: bool = option(
-        False, "encode each picture once, with one crop and one flip, and keep its latents with its own caption"
+        False, "encode each picture once, with one crop and flip; always, where none is random"
     )
     # prior preservation
     with_prior_preservation: bool = option(False, "train on pictures of the class too, so that it is not forgotten")
@@ -70,32 +63,22 @@ class Settings:
     num_class_images: int = option(100, "how many class pictures there should be")
     sample_batch_size: int = option(4, "how many of them are drawn at once")
     prior_generation_precision: str | None = option(
-        None, "the precision to draw them in; none: fp16 on a GPU, else fp32", ("no", "fp32", "fp16", "bf16")
+        None, "to draw them in; none: fp16 on a GPU, else fp32", ("no", "fp32", "fp16", "bf16")
     )
     # what is trained
     rank: int = option(4, "the rank of the LoRA matrices")
-    base_quantization: str | None = option(
-        None, "nf4: keep the frozen transformer in 4 bits (QLoRA, arXiv 2305.14314), with bitsandbytes", ("nf4",)
-    )
+    base_quantization: str | None = option(None, "nf4: the frozen transformer in 4 bits (arXiv 2305.14314)", ("nf4",))
     lora_dropout: float = option(0.0, "the dropout of the LoRA layers, 0 to 1")
-    lora_layers: str | None = option(
-        None, "the layers that get a LoRA, with commas: attn.to_k,attn.to_q; none: all eight of the joint attention"
-    )
+    lora_layers: str | None = option(None, "layers with a LoRA: attn.to_k,attn.to_q; none: all of the joint attention")
     lora_blocks: str | None = option(None, "the numbers of the blocks that get one, with commas: 12,30; none: all")
     train_text_encoder: bool = option(False, "LoRA on both CLIPs too (diffusers loads none for the T5)")
     # the loss
-    weighting_scheme: str = option(
-        "logit_normal",
-        "logit_normal and mode say how noise levels are drawn; sigma_sqrt and cosmap weight the loss of uniform levels",
-        WEIGHTING,
-    )
+    weighting_scheme: str = option("logit_normal", "how noise levels are drawn or the loss is weighted", WEIGHTING)
     logit_mean: float = option(0.0, "the mean of logit_normal")
     logit_std: float = option(1.0, "the deviation of logit_normal")
     mode_scale: float = option(1.29, "the scale of mode")
     precondition_outputs: int = option(
-        0,
-        "1: compare pictures (x - sigma v), not velocities, which multiplies the loss by sigma squared; diffusers' "
-        "default is 1, ours is 0, the paper's loss (diffusers issues 8917, 9086)",
+        0, "1: the loss times sigma squared, diffusers' default; ours is the paper's loss (diffusers issues 8917, 9086)"
     )
     # how long, how fast
     train_batch_size: int = option(4, "pictures a process and forward pass")
@@ -104,9 +87,7 @@ class Settings:
     gradient_accumulation_steps: int = option(1, "forward passes to an update")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, slower")
     learning_rate: float = option(1e-4, "the learning rate after the warm-up")
-    text_encoder_lr: float = option(
-        5e-6, "the learning rate of the text encoders' LoRA; 0 stands, where diffusers' script takes learning_rate"
-    )
+    text_encoder_lr: float = option(5e-6, "the learning rate of the text encoders' LoRA; 0 stands")
     scale_lr: bool = option(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = option("constant", "how the learning rate changes", SCHEDULES)
     lr_warmup_steps: int = option(500, "updates of warm-up; schedule constant has none")
@@ -125,9 +106,7 @@ class Settings:
     adam_epsilon: float = option(1e-8, "the epsilon of AdamW and prodigy")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     dataloader_num_workers: int = option(0, "processes that prepare pictures; 0 is none but the training itself")
-    mixed_precision: str | None = option(
-        None, "no, fp16 or bf16; none: what accelerate is configured for", ("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = option(None, "none: what accelerate is configured for", ("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "TF32 in matrix products, on Ampere and later")
     seed: int | None = option(None, "the same seed trains the same model; none: one is drawn")
     # what is written
@@ -169,69 +148,26 @@ def near(name: object, names) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise DreamBoothError(f"{message[0].upper()}{message[1:200]}; --help lists the options.")
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"true or false is wanted, not {text!r}")
-    return text.lower() in ("true", "1", "yes")
-
-
-def parser() -> argparse.ArgumentParser:
-    """An option for each field. What is not given stays out of the result, so that a settings file can say it."""
-    top = _Parser(
-        prog="accelerate launch -m sd3kit.dreambooth",
-        description="Teach Stable Diffusion 3 a subject from a few pictures, with LoRA or in full.",
-        argument_default=argparse.SUPPRESS,
-    )
-    top.add_argument(
-        "--settings", help="a JSON file of options, as each training writes it; the command line overrules it"
-    )
-    types_ = kinds()
-    for field in dataclasses.fields(Settings):
-        kind, default = types_[field.name][0], field.default
-        text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, False) else f" ({default})")
-        if kind is bool and default is False:
-            top.add_argument(f"--{field.name}", action="store_true", help=text)
-        elif kind is bool:
-            top.add_argument(f"--{field.name}", type=_truth, nargs="?", const=True, metavar="BOOL", help=text)
-        else:
-            choices = field.metadata["choices"]
-            top.add_argument(
-                f"--{field.name}", type=kind, choices=choices, metavar=None if choices else "VALUE", help=text
-            )
-    return top
-
-
 def parse(arguments: list[str] | None = None) -> Settings:
-    """The settings that a command line, and the file that its `--settings` names, give.
+    """The settings that a command line gives, by transformers' parser; @FILE stands for options in a file, one a line.
 
     Raises:
         DreamBoothError: an unknown option, a value of the wrong kind, or a file that cannot be read.
     """
-    given, unknown = parser().parse_known_args(arguments)
-    names = [f.name for f in dataclasses.fields(Settings)]
-    if unknown:
-        name = unknown[0].partition("=")[0]  # its value may be a secret
-        raise DreamBoothError(f"There is no option {name}{near(name.lstrip('-'), names)}; --help lists them.")
-    values = vars(given)
-    stored = _read(Path(file)) if (file := values.pop("settings", None)) else {}
-    for name in stored:
-        if name not in names:
-            raise DreamBoothError(f"The file {file} names an unknown option {name}{near(name, names)}.")
-    return Settings(**(stored | values))
+    from transformers.hf_argparser import HfArgumentParser
 
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise DreamBoothError(f"{message[0].upper()}{message[1:200]}; --help lists the options.")
 
-def _read(path: Path) -> dict:
+    parser = Parser(Settings, prog="accelerate launch -m sd3kit.dreambooth", fromfile_prefix_chars="@")
+    parser.description = "Teach Stable Diffusion 3 a subject from a few pictures, with LoRA or in full."
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DreamBoothError(f"The settings file {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DreamBoothError(f"The settings file {path} is no valid JSON file.") from error
-    if not isinstance(found, dict):
-        raise DreamBoothError(f"The settings file {path} must hold names and values.")
+        found, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
+    except UnicodeDecodeError as error:
+        raise DreamBoothError("The file of options is no text: save it in UTF-8.") from error
+    if unknown:
+        name = unknown[0].partition("=")[0][:40]  # its value may be a secret
+        known = [f.name for f in dataclasses.fields(Settings)]
+        raise DreamBoothError(f"There is no option {name}{near(name.lstrip('-'), known)}; --help lists them.")
     return found

@@ -1,11 +1,9 @@
 """The subject of lesson 06: a robot with one eye that nano has never seen, drawn here, and a judge that knows it.
 
-`python -m sd3kit.dreambooth.subject` draws the eight pictures of `pictures/` again; `FOLDER --side 1024` draws them
-there, as large and as sharp as a real model wants them. They are part of this project and under its licence
-(Apache-2.0).
+`python -m sd3kit.dreambooth.subject` draws the eight pictures of `pictures/` again; `main(folder, side=1024)` draws
+them as large and as sharp as a real model wants them. They are part of this project, under its licence (Apache-2.0).
 """
 
-import argparse
 import io
 import json
 import math
@@ -145,7 +143,4 @@ def main(folder: Path = PICTURES, side: int = SIDE) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m sd3kit.dreambooth.subject", description="Draw the eight pictures.")
-    parser.add_argument("folder", type=Path, nargs="?", default=PICTURES)
-    parser.add_argument("--side", type=int, default=SIDE, help="pixels of a picture's side (%(default)s)")
-    main(**vars(parser.parse_args()))
+    main()

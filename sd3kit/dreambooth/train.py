@@ -4,9 +4,9 @@ Around it: options in `settings`, pictures and noise in `data`, what learns in `
 """
 
 import json
-import math
 import os
 import shutil
+import types
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
-from . import hub, saving
+from . import drawing, hub, saving
 from .checks import check
 from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
 from .model import (
@@ -69,24 +69,31 @@ def flow_matching_loss(
 
 
 @torch.no_grad()
-def latents(batch: dict, vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
+def latents(batch: dict, vae: AutoencoderKL) -> torch.Tensor:
     """A batch's x0 (B, C, h, w): drawn from the autoencoder's distribution, then shifted and scaled as SD3 wants it."""
-    if "pixels" in batch:
-        found = vae.encode(batch["pixels"].to(device)).latent_dist
-        mean, std = found.mean, found.std
-    else:
-        mean, std = batch["mean"].to(device), batch["std"].to(device)
+    found = vae.encode(batch["pixels"]).latent_dist if "pixels" in batch else types.SimpleNamespace(**batch)
     shift = vae.config.shift_factor or 0.0  # often forgotten: diffusers issues 8708, 8887
-    return (mean + std * batch["draw"].to(device) - shift) * vae.config.scaling_factor
+    return (found.mean + found.std * batch["draw"] - shift) * vae.config.scaling_factor
 
 
-def to_host(loss: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """A loss on its way to the CPU, and on a GPU what tells that it has arrived."""
-    if loss.device.type != "cuda":
-        return loss.detach(), None
-    copy, arrived = loss.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-    return copy, arrived
+def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler, prompts: dict) -> torch.Tensor:
+    """The loss of each sample of a batch as `data.collate` makes it, (B,).
+
+    Args:
+        model: a `Denoiser`, as accelerate may have wrapped it.
+        prompts: embeddings and pooled ones by caption.
+    """
+    device = next(model.parameters()).device
+    sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
+    batch = send_to_device(batch, device, non_blocking=True)
+    x0, noise, captions = latents(batch, vae), batch["noise"], batch["caption"]
+    x = (1 - sigma) * x0 + sigma * noise
+    embeds, pooled = (
+        torch.cat([t.to(device, non_blocking=True) for t in parts])
+        for parts in zip(*(prompts[c] for c in captions), strict=True)
+    )
+    velocity = model(x.to(embeds.dtype), timesteps, embeds, pooled, captions)
+    return flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -103,7 +110,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         cpu=on_cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=hub.trackers(settings) or None,
+        log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / settings.logging_dir)),
     )
 
@@ -135,18 +142,13 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
     drawn = int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed
     seed = broadcast_object_list([progress.get("seed", drawn)])[0]
     if main:
-        for folder in filter(
-            os.path.isdir, (s.instance_data_dir or "", s.with_prior_preservation and s.class_data_dir)
-        ):
-            if note := passed_over(Path(folder)):
-                print(note, flush=True)
+        if note := passed_over(s):
+            print(note, flush=True)
         if s.resume_from_checkpoint and not resumed:
             print(f"{out} holds no checkpoint yet, so the training starts from the beginning.", flush=True)
-        with saving.writing("The output folder", out):
-            out.mkdir(parents=True, exist_ok=True)
-            for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part")):
-                shutil.rmtree(left)
-        hub.create(s)
+        for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part"), *out.glob(".sd3kit-*.part")):
+            left.unlink() if left.is_file() else shutil.rmtree(left)
+        repository = hub.create(s)
     accelerator.wait_for_everyone()
     set_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = s.allow_tf32
@@ -154,7 +156,7 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
 
     groups = [rows]
     if s.with_prior_preservation:
-        saving.draw_class_pictures(s, accelerator, seed)
+        drawing.draw_class_pictures(s, accelerator, seed)
         groups.append(class_rows(s))
     wanted = {row.caption for group in groups for row in group} | {s.validation_prompt or "", ""}
     prompts = encode_all(s, accelerator, dtype, wanted)  # once, and the encoders go
@@ -213,7 +215,6 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
         for group, rate, shape in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * shape(lr_scheduler.last_epoch)
     accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
-    log = saving.LossFile(out / "losses.jsonl", step) if main else None
     if main:
         files.write_whole(out / "settings.json", json.dumps(s.public(), indent=1))
         went = f", going on from {resumed.name}" if resumed else ""
@@ -237,20 +238,11 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
     )
     model.train()
     total = torch.zeros((), device=device)
-    on_its_way = []  # losses of updates; on a GPU one is read when the next update has been queued
     with tqdm(total=steps, initial=step, unit="step", disable=not accelerator.is_local_main_process) as bar:
+        losses = saving.Losses(accelerator, out / "losses.jsonl", step, bar)
         for batch in loader:
             with accelerator.accumulate(model):
-                sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
-                batch = send_to_device(batch, device, non_blocking=True)
-                x0, noise, captions = latents(batch, vae, device), batch["noise"], batch["caption"]
-                x = (1 - sigma) * x0 + sigma * noise
-                embeds, pooled = (
-                    torch.cat([t.to(device, non_blocking=True) for t in parts])
-                    for parts in zip(*(prompts[c] for c in captions), strict=True)
-                )
-                velocity = model(x.to(dtype), timesteps, embeds, pooled, captions)
-                each = flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
+                each = sample_losses(s, batch, model, vae, scheduler, prompts)
                 subject, *prior = each.chunk(len(groups))
                 loss = subject.mean() + s.prior_loss_weight * sum(part.mean() for part in prior)
                 accelerator.backward(loss)
@@ -266,32 +258,22 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
             step += 1
             bar.update()
             due = step % s.checkpointing_steps == 0
-            drawing = draws and step < steps and step % (per_epoch * s.validation_epochs) == 0
-            on_its_way.append((step, lr, *to_host(accelerator.reduce(total, "mean"))))
-            total = torch.zeros_like(total)
-            while on_its_way[1:] or (on_its_way and (due or drawing or step == steps or device.type != "cuda")):
-                said, rate, mean_loss, arrived = on_its_way.pop(0)
-                if arrived:
-                    arrived.synchronize()
-                mean_loss = mean_loss.item()
-                if not math.isfinite(mean_loss):
-                    why = saving.AGAIN if said > 1 else saving.FROM_THE_START
-                    raise DreamBoothError(f"The loss is {mean_loss} at step {said}: {why}")
-                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=rate)
-                accelerator.log({"loss": mean_loss, "lr": rate}, step=said)
-                if log:
-                    log.write(said, mean_loss, rate)
+            shows = draws and step < steps and step % (per_epoch * s.validation_epochs) == 0
+            losses.add(step, lr, accelerator.reduce(total, "mean"))
+            total.zero_()
+            if due or shows or step == steps:
+                losses.write()
             if due:
                 saving.save_checkpoint(s, accelerator, model, step, seed)
-            if drawing:
-                saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+            if shows:
+                drawing.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
 
     saving.save_result(s, accelerator, model, step, dtype)
     images = []
     if draws:
-        images = saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
-    if main:
-        hub.upload(s, images)
+        images = drawing.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+    if main and repository:
+        hub.upload(s, repository, images)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out

@@ -1,6 +1,5 @@
 """The command line: the announcement's, diffusers', and wrong ones."""
 
-import json
 import os
 import shlex
 import shutil
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from runs import PICTURES, SMALL, environment, losses, one_sentence, run, words
 
-from sd3kit.dreambooth import DreamBoothError, Settings, hub, settings
+from sd3kit.dreambooth import DreamBoothError, Settings, checks, settings
 from sd3kit.dreambooth import train as training
 from sd3kit.dreambooth.__main__ import main
 
@@ -93,13 +92,10 @@ def test_every_option_of_diffusers_script_is_there_with_its_default():
     assert all(helps.values()) and "8917" in helps["precondition_outputs"]
 
 
-def test_a_settings_file_works_and_the_command_line_overrules_it(tmp_path):
-    toml, yaml, js = (tmp_path / f"s.{suffix}" for suffix in ("toml", "yaml", "json"))
-    toml.write_text('rank = 8\ncenter_crop = true\nlora_blocks = "1,2"\nlearning_rate = 1e-3\n')
-    yaml.write_text("rank: 8\ncenter_crop: true\nlora_blocks: 1,2\nlearning_rate: 0.001\n".replace("1,2", '"1,2"'))
-    js.write_text(json.dumps({"rank": 8, "center_crop": True, "lora_blocks": "1,2", "learning_rate": 1e-3}))
-    found = [settings.parse(["--settings", str(path), "--rank", "2"]) for path in (toml, yaml, js)]
-    assert found[0] == found[1] == found[2] == Settings(rank=2, center_crop=True, lora_blocks="1,2", learning_rate=1e-3)
+def test_options_may_stand_in_a_file_and_what_comes_after_overrules_it(tmp_path):
+    (tmp_path / "options").write_text("--rank=8\n--center_crop\n--lora_blocks=1,2\n--learning_rate=1e-3\n")
+    found = settings.parse([f"@{tmp_path}/options", "--rank", "2"])
+    assert found == Settings(rank=2, center_crop=True, lora_blocks="1,2", learning_rate=1e-3)
     assert settings.parse(["--prodigy_decouple", "False"]).prodigy_decouple is False
 
 
@@ -115,7 +111,7 @@ WRONG = [
     ({"lora_layers": "attn.to_z"}, "There is no layer 'attn.to_z' in the transformer: a block has attn.add_k_proj"),
     ({"lora_blocks": "40"}, "There is no block 40"),
     ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
-    ({"base_quantization": "nf4"}, "a GPU" if settings.installed("bitsandbytes") else "pip install bitsandbytes"),
+    ({"base_quantization": "nf4"}, "a GPU" if checks.installed("bitsandbytes") else "pip install bitsandbytes"),
     ({"optimizer": "sgd"}, "--optimizer must be AdamW or prodigy"),
     ({"weighting_scheme": "cosmas"}, "cosmap"),
     ({"with_prior_preservation": True}, "--class_data_dir"),
@@ -125,7 +121,6 @@ WRONG = [
     ({"report_to": "wandb", "hub_token": "hf_secretsecretsecretsecret"}, "hf auth login"),
     ({"hub_tokn": "hf_secretsecretsecretsecret"}, "did you mean hub_token?"),
     ({"full_finetuning": True, "lora_blocks": "1"}, "leave out the options of LoRA"),
-    ({"settings": "/nowhere.json"}, "cannot be read"),
 ]
 
 
@@ -139,11 +134,14 @@ def test_a_wrong_argument_gets_one_sentence(options, phrase, tmp_path, capsys, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_settings_file_gets_one_sentence(tmp_path, capsys):
-    for text, phrase in (("{", "no valid"), ('{"rnk": 2}', "did you mean rank?"), ('{"rank": "2"}', "a whole number")):
-        (tmp_path / "s.json").write_text(text)
-        assert run(tmp_path / "out", settings=tmp_path / "s.json") == 2
+def test_a_wrong_file_of_options_gets_one_sentence(tmp_path, capsys):
+    path = tmp_path / "options"
+    for text, phrase in ((b"--rnk=2", "did you mean rank?"), (b"--rank=x", "invalid int"), (b"\xff\xfe", "UTF-8")):
+        path.write_bytes(text)
+        assert main([f"@{path}"]) == 2
         assert phrase in one_sentence(capsys)
+    assert main(["@/nowhere"]) == 2
+    assert "No such file" in one_sentence(capsys)
 
 
 def broken_folder(kind: str, folder: Path) -> dict:
@@ -154,18 +152,18 @@ def broken_folder(kind: str, folder: Path) -> dict:
     for path in Path(PICTURES).iterdir():
         shutil.copy(path, folder)
     if kind == "damaged":
-        (folder / "pink.png").write_bytes((folder / "pink.png").read_bytes()[:2000])
+        (folder / "small.png").write_bytes((folder / "small.png").read_bytes()[:2000])
     elif kind == "disguised":
-        Image.new("RGB", (64, 64)).save(folder / "pink.png", "GIF")
+        Image.new("RGB", (64, 64)).save(folder / "small.png", "PPM")
     elif kind in ("large", "huge"):
-        content = bytearray((folder / "pink.png").read_bytes())
+        content = bytearray((folder / "small.png").read_bytes())
         content[16:24] = {"large": 9_000, "huge": 30_000}[kind].to_bytes(
             4, "big"
         ) * 2  # the header's size; Pillow checks its sum only when decoding
         import zlib
 
         content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
-        (folder / "pink.png").write_bytes(content)
+        (folder / "small.png").write_bytes(content)
     elif kind == "caption":
         lines = (folder / "metadata.jsonl").read_text().splitlines()
         (folder / "metadata.jsonl").write_text("\n".join(lines[:-1]) + "\n")
@@ -178,11 +176,11 @@ def broken_folder(kind: str, folder: Path) -> dict:
     ("kind", "phrase"),
     [
         ("empty", "holds no picture"),
-        ("damaged", "pink.png cannot be read"),
-        ("disguised", "pink.png cannot be read"),
-        ("large", "has more than 67,108,864 pixels"),
-        ("huge", "has more than 67,108,864 pixels"),
-        ("caption", "gray.png has no caption"),
+        ("damaged", "small.png cannot be read"),
+        ("disguised", "small.png cannot be read"),
+        ("large", "scale it to at most 67,108,864 pixels"),
+        ("huge", "scale it to at most 67,108,864 pixels"),
+        ("caption", "small.png has no caption"),
         ("column", "has no column 'words'"),
     ],
 )
@@ -196,18 +194,12 @@ def test_a_broken_folder_gets_one_sentence(kind, phrase, tmp_path, capsys):
 
 
 def test_the_token_is_refused_with_each_tracker_that_stores_the_command(monkeypatch):
-    monkeypatch.setattr(settings, "installed", lambda name: name == "wandb")
+    monkeypatch.setattr(checks, "installed", lambda name: name == "wandb")
     options = SMALL | {"report_to": "all", "hub_token": "hf_secretsecretsecretsecret"}
     with pytest.raises(DreamBoothError, match="would be stored by wandb"):
-        Settings(**options).check()
-    monkeypatch.setattr(settings, "installed", lambda name: False)
-    Settings(**options).check()
-
-
-def test_trackers_are_those_that_are_asked_for(capsys, monkeypatch):
-    assert hub.trackers(Settings(report_to="none")) == []
-    monkeypatch.setattr(hub, "installed", lambda name: False)
-    assert hub.trackers(Settings()) == [] and "losses.jsonl" in capsys.readouterr().err
+        checks.check(Settings(**options))
+    monkeypatch.setattr(checks, "installed", lambda name: False)
+    checks.check(Settings(**options))
 
 
 def test_the_loop_is_read_in_one_sitting():
