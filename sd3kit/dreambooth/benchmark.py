@@ -153,11 +153,11 @@ def saved_loss(arguments: list[str], out: Path) -> float:
     return statistics.fmean(losses)
 
 
-def arguments(options: argparse.Namespace, source: str) -> list[str]:
+def arguments(options: argparse.Namespace, source: str, pictures: Path) -> list[str]:
     """What both sides are given."""
     return [
         f"--pretrained_model_name_or_path={source}",
-        f"--instance_data_dir={options.pictures}",
+        f"--instance_data_dir={pictures}",
         "--instance_prompt=a sks robot",
         f"--resolution={options.resolution}",
         f"--train_batch_size={options.batch}",
@@ -176,7 +176,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sd3.py of your own copy")
     top.add_argument("--model", default="nano", help="a name of sd3kit, a folder or a Hub id (%(default)s)")
     top.add_argument("--weights", choices=("trained", "random"), default="trained", help="random: no download")
-    top.add_argument("--pictures", type=Path, default=subject.PICTURES, help="the folder (this project's eight)")
     top.add_argument("--resolution", type=int, default=128, help="pixels of a side (%(default)s)")
     top.add_argument("--batch", type=int, default=1, help="pictures an update (%(default)s)")
     top.add_argument("--steps", type=int, default=40, help="updates of each training, at least 4 (%(default)s)")
@@ -212,34 +211,37 @@ def compare(options: argparse.Namespace) -> int:
         raise UserError("--steps must be at least 4, --batch 1 and --resolution 64.")
     if options.script and not options.script.is_file():
         raise UserError(f"there is no script {options.script}: give diffusers' train_dreambooth_lora_sd3.py.")
-    if not options.pictures.is_dir():
-        raise UserError(f"there is no folder {options.pictures}: give the pictures' folder.")
+    from diffusers.training_utils import free_memory
+
     from .. import files, records
-    from .data import picture_files
+    from ..loading.pipeline import load
 
     files.check_writable(options.out)
     known = ("model", "weights", "resolution", "batch", "steps", "precision")
     identity = {name: getattr(options, name) for name in known}
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in identity.items()]
     script = options.script and options.script.read_bytes()
-    given = [f"--script {options.script.name}"] * bool(script) + given
+    given = [*([f"--script {options.script.name}"] if script else []), *given]
     command = " ".join(["python -m sd3kit.dreambooth.benchmark", *given])
     identity |= {key: records.stamp("")[key] for key in ("device", "versions")}
     identity["script"] = hashlib.sha256(script).hexdigest()[:16] if script else None
     with tempfile.TemporaryDirectory(prefix="sd3kit-") as folder:
         pictures = Path(folder) / "pictures"
-        pictures.mkdir()
-        for picture in picture_files(options.pictures):  # alone: the script opens every file there as a picture
-            shutil.copy(picture, pictures)
-        options.pictures = pictures
-        random = options.weights == "random"
-        source = build(options.model, Path(folder) / "model") if random else names.resolve(options.model)
+        # alone: the script opens every file there as a picture
+        shutil.copytree(subject.PICTURES, pictures, ignore=shutil.ignore_patterns("*.jsonl"))
+        source = names.resolve(options.model)
+        if options.weights == "random":  # drawn on the device, and written where both sides can load them
+            source = f"{folder}/model"
+            if options.model != "nano" and shutil.disk_usage(folder).free < 20 * 2**30:
+                raise UserError(f"random weights need 20 GiB in {folder}: set TMPDIR to a place with more.")
+            load(options.model, weights="random", quiet=True).save_pretrained(source)
+            free_memory()
         rows = {}
         for setting in options.sets:
             more, sides = SETS[setting]
             targets = {OURS: "sd3kit.dreambooth", THEIRS: options.script}
             for side in filter(targets.get, sides):
-                words = str(targets[side]), [*arguments(options, source), *more]
+                words = str(targets[side]), [*arguments(options, source, pictures), *more]
                 rows[f"{setting}, {side}"] = functools.partial(run, *words)
         found = records.study(rows, options.out, identity, command)
     for record in found:
@@ -247,28 +249,12 @@ def compare(options: argparse.Namespace) -> int:
     return int(any("raises" in record for record in found))
 
 
-def build(model: str, folder: Path) -> str:
-    """A model with random weights, drawn on the device and written to a folder that both sides can load."""
-    from diffusers.training_utils import free_memory
-
-    from ..loading.pipeline import load
-
-    folder.mkdir()
-    if model != "nano" and shutil.disk_usage(folder).free < 20 * 2**30:
-        raise UserError(f"random weights need 20 GiB in {folder.parent.parent}: set TMPDIR to a place with more.")
-    pipe = load(model, weights="random", quiet=True)
-    pipe.save_pretrained(folder)
-    del pipe
-    free_memory()
-    return str(folder)
-
-
 def line(record: dict) -> str:
     """A record in words: settings, command, seconds an update, peak memory and loss, or why it failed."""
     title, why = f"{record['row']:<30}", [record[k] for k in ("failed", "raises", "out_of_memory") if k in record]
     if "seconds" not in record:
         return f"{title}{why[0]}"
-    seconds, memory = record["seconds"]["median"], record["device_peak"] or record["host_peak"]
+    seconds, memory = record["seconds"]["median"], record["device_peak"] or record["host_peak"] or 0
     loss = f"loss {record['loss']:.4f}" if "loss" in record else why[0]
     return f"{title}{seconds:.3f} s an update, peak {memory / 2**20:.0f} MiB, {loss}"
 

@@ -11,31 +11,19 @@ from .settings import PROGRESS, TRACKERS, DreamBoothError, Settings, installed, 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 MANY = 10_000_000  # updates, epochs: years
 # The least and the most that makes sense. Every number has limits, so NaN and infinity are within none.
-LIMITS = dict.fromkeys(("repeats", "train_batch_size", "sample_batch_size"), (1, 1000)) | {
+LIMITS = {
+    **dict.fromkeys(("repeats", "train_batch_size", "sample_batch_size"), (1, 1000)),
     **dict.fromkeys(("max_train_steps", "num_train_epochs", "checkpointing_steps", "validation_epochs"), (1, MANY)),
     **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles"), (1, MANY)),
     **dict.fromkeys(("adam_weight_decay", "adam_weight_decay_text_encoder", "text_encoder_lr"), (0, 10)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "prodigy_beta3"), (0, 0.9999999)),
-    "lr_warmup_steps": (0, MANY),
-    "local_rank": (-1, MANY),
-    "max_sequence_length": (1, 512),
-    "resolution": (64, 8192),
-    "num_class_images": (1, 100_000),
-    "num_validation_images": (0, 1000),
-    "prior_loss_weight": (0, 1000),
-    "rank": (1, 4096),
-    "lora_dropout": (0, 0.99),
-    "logit_mean": (-10, 10),
-    "logit_std": (1e-6, 10),
+    **{"precondition_outputs": (0, 1), "adam_epsilon": (0, 1), "lora_dropout": (0, 0.99)},
+    **dict.fromkeys(("num_validation_images", "prior_loss_weight", "lr_power"), (0, 1000)),
+    **{"lr_warmup_steps": (0, MANY), "local_rank": (-1, MANY)},
+    **{"max_sequence_length": (1, 512), "resolution": (64, 8192), "rank": (1, 4096), "num_class_images": (1, 100_000)},
+    **{"gradient_accumulation_steps": (1, 10_000), "dataloader_num_workers": (0, 256), "seed": (0, 2**32 - 1)},
+    **{"logit_mean": (-10, 10), "logit_std": (1e-6, 10), "learning_rate": (1e-12, 10), "max_grad_norm": (1e-12, 1e12)},
     "mode_scale": (-1, 1.75),  # the paper's: beyond, levels are drawn from outside of 0..1
-    "precondition_outputs": (0, 1),
-    "gradient_accumulation_steps": (1, 10_000),
-    "learning_rate": (1e-12, 10),
-    "lr_power": (0, 100),
-    "adam_epsilon": (0, 1),
-    "max_grad_norm": (1e-12, 1e12),
-    "dataloader_num_workers": (0, 256),
-    "seed": (0, 2**32 - 1),
 }
 
 

@@ -17,10 +17,8 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image, ImageOps
 
-from ..pictures import FORMATS, SUFFIXES, PictureError, flatten, open_picture
+from ..pictures import FORMATS, SUFFIXES, flatten, open_picture
 from .settings import DreamBoothError, Settings
-
-CAPTION_FILES = (".txt", ".jsonl", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +37,9 @@ def read(source: str | Path | bytes, side: int, name: str = "") -> Image.Image:
     """A picture as RGB, on white where it is transparent, its shorter edge scaled to `side` pixels.
 
     Raises:
-        DreamBoothError: it cannot be read, or is too large or too long; `name` is what it is called there.
+        PictureError: it cannot be read, or is too large or too long; `name` is what it is called there.
     """
-    try:
-        image = flatten(open_picture(source, name))
-    except PictureError as error:
-        raise DreamBoothError(str(error)) from error
+    image = flatten(open_picture(source, name))
     scale = side / min(image.size)
     size = max(side, round(image.width * scale)), max(side, round(image.height * scale))
     return image.resize(size, Image.Resampling.BILINEAR)
@@ -60,8 +55,8 @@ def passed_over(settings: Settings) -> str:
     if not settings.instance_data_dir:
         return ""
     folder = Path(settings.instance_data_dir)
-    used = {*picture_files(folder), *(p for p in _visible(folder) if p.suffix in CAPTION_FILES)}
-    names = [f"{p.name}/" if p.is_dir() else p.name for p in sorted(_visible(folder)) if p not in used]
+    names = [f"{p.name}/" if p.is_dir() else p.name for p in sorted(_visible(folder))]
+    names = [name for name in names if not name.lower().endswith((*SUFFIXES, ".txt", ".jsonl", ".csv"))]
     said = ", ".join([*names[:8], *["..."] * (len(names) > 8)])
     used = f"Used are the folder's own files {', '.join(SUFFIXES)}."
     return f"Passed over in {folder}: {len(names)} ({said}). {used}" if names else ""

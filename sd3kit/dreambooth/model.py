@@ -58,7 +58,7 @@ def encode_all(settings: Settings, accelerator: Accelerator, dtype: torch.dtype,
     Medium's transformer, and would decide the peak of a LoRA's training.
     """
     cuda = accelerator.device.type == "cuda"
-    text = load_text(settings, accelerator, dtype, **({"device": "cpu"} if cuda else {}))
+    text = load(settings, accelerator, dtype, transformer=None, vae=None, **({"device": "cpu"} if cuda else {}))
     if cuda:
         stream(text, accelerator.device)
     found, prompts = {}, sorted(prompts)
@@ -118,10 +118,6 @@ def check_transformer(settings: Settings) -> None:
         raise DreamBoothError(f"--resolution may be {most} at most for {name}, not {settings.resolution}.")
 
 
-def load_text(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **more) -> StableDiffusion3Pipeline:
-    return load(settings, accelerator, dtype, transformer=None, vae=None, **more)
-
-
 def load(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **more) -> StableDiffusion3Pipeline:
     s, more = settings, {"device": str(accelerator.device)} | more
     return pipeline.load(
@@ -129,19 +125,14 @@ def load(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **mor
     )
 
 
-def quantized(settings: Settings, dtype: torch.dtype) -> dict[str, SD3Transformer2DModel]:
-    """The transformer in NF4 where that is asked for, as an argument of `load` in place of its own."""
+def quantized(settings: Settings, dtype: torch.dtype) -> dict:
+    """What `load` takes so that the transformer is in NF4, where that is asked for."""
     if settings.base_quantization is None:
         return {}
-    from diffusers import BitsAndBytesConfig
+    from diffusers.quantizers import PipelineQuantizationConfig
 
-    s = settings
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    transformer = SD3Transformer2DModel.from_pretrained(
-        names.resolve(s.pretrained_model_name_or_path), subfolder="transformer", revision=s.revision,
-        variant=s.variant, quantization_config=how, use_safetensors=True, **pipeline.dtype_argument(dtype),
-    )  # fmt: skip
-    return {"transformer": transformer}
+    how = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": PipelineQuantizationConfig("bitsandbytes_4bit", how, ["transformer"])}
 
 
 def make_trainable(settings: Settings, model: Denoiser) -> None:

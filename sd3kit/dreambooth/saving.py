@@ -1,48 +1,28 @@
-"""What a training writes: checkpoints, the result, losses, pictures. Checkpoint and result are whole or not there."""
+"""What a training writes: checkpoints, the result, pictures. Each is whole or not there."""
 
-import contextlib
-import errno
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.training_utils import free_memory
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .. import files
-from ..errors import UserError
+from . import reporting
 from .checks import checkpoint_step, checkpoints, is_checkpoint
-from .model import Denoiser, load
+from .data import picture_files
+from .model import Denoiser, encode_clips, load
+from .reporting import AGAIN, writing
 from .settings import PROGRESS, DreamBoothError, Settings
 
 TRAINED_FILE = "trained.safetensors"
-FROM_THE_START = "the model's weights hold NaN, or overflow in fp16: get the model again, or use bf16 or no."
-AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
-
-
-@contextlib.contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn the many errors of a full or broken disk into one sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
-        if isinstance(error, torch.OutOfMemoryError | UserError):
-            raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else (str(error) or type(error).__name__).splitlines()[0][:120]
-        advice = "make room" if full else "see that it can be"
-        raise DreamBoothError(
-            f"{what} could not be written to {folder} ({reason}): {advice} and go on with --resume_from_checkpoint "
-            "latest; what was saved before is whole."
-        ) from error
 
 
 def check_finite(accelerator: Accelerator, model: torch.nn.Module, step: int) -> None:
@@ -55,13 +35,8 @@ def check_finite(accelerator: Accelerator, model: torch.nn.Module, step: int) ->
 
 def progress(settings: Settings, accelerator: Accelerator, step: int, seed: int | None) -> dict[str, int | None]:
     """Where a training is, and what its samples follow from."""
-    return {
-        "step": step,
-        "seed": seed,
-        "train_batch_size": settings.train_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "num_processes": accelerator.num_processes,
-    }
+    own = {name: getattr(settings, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+    return {"step": step, "seed": seed, **own, "num_processes": accelerator.num_processes}
 
 
 def read_progress(settings: Settings, accelerator: Accelerator, checkpoint: Path) -> dict[str, int]:
@@ -195,47 +170,74 @@ def save_result(
         part.rmdir()
 
 
-class Losses:
-    """`losses.jsonl`: a line an update (step, loss, lr). A resumed training drops the lines after its checkpoint.
+@torch.no_grad()
+def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step: int, seed: int) -> list:
+    """Draw the validation prompt with the model as it is, into the folder `validation` and the trackers."""
+    plain = accelerator.unwrap_model(model)
+    device, home, texts = accelerator.device, vae.device, (settings.validation_prompt, "")
+    pairs = [prompts[p] for p in texts]
+    if plain.text is not None:
+        pairs = [encode_clips(plain.text, [p], embeds.to(device)) for p, (embeds, _) in zip(texts, pairs, strict=True)]
+    (embeds, pooled), (empty, empty_pooled) = ([t.to(device, torch.float32) for t in pair] for pair in pairs)
+    pipe = StableDiffusion3Pipeline(
+        transformer=plain.transformer, vae=vae.to(device), scheduler=type(scheduler).from_config(scheduler.config),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    plain.eval()
+    with accelerator.autocast():
+        images = [
+            pipe(
+                prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
+                negative_pooled_prompt_embeds=empty_pooled, height=settings.resolution, width=settings.resolution,
+                generator=torch.Generator().manual_seed((seed + i) % 2**63),
+            ).images[0]
+            for i in range(settings.num_validation_images)
+        ]  # fmt: skip
+    plain.train()
+    vae.to(home)  # the CPU, where the latents are cached
+    folder = Path(settings.output_dir) / "validation"
+    with writing("A validation picture", folder):
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            write_picture(folder / f"step-{step:06d}-{i}.png", image)
+    reporting.track_images(accelerator, images, step)
+    return images
 
-    On a GPU an update's loss is read when the next update has been queued: the device never waits for this program.
-    """
 
-    def __init__(self, accelerator: Accelerator, path: Path, step: int, bar: tqdm):
-        self.accelerator, self.bar, self.file, self.waiting = accelerator, bar, None, []
-        if not accelerator.is_main_process:
-            return
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DreamBoothError(f"The file {path} is damaged: move it away, and a new one is begun.") from error
-        files.write_whole(path, "".join(kept))
-        self.file = path.open("a", encoding="utf-8")
+def write_picture(path: Path, image) -> None:
+    image.save(stored := BytesIO(), "PNG")
+    files.write_whole(path, stored.getvalue())
 
-    def add(self, step: int, lr: float, loss: torch.Tensor) -> None:
-        arrived = torch.cuda.Event() if loss.device.type == "cuda" else None
-        self.waiting.append((step, lr, loss.detach().to("cpu", non_blocking=True, copy=True), arrived))
-        if arrived:
-            arrived.record()
-        self.write(later=1 if arrived else 0)
 
-    def write(self, later: int = 0) -> None:
-        """Write all but the last so many.
+@torch.no_grad()
+def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int) -> None:
+    """Fill the folder of class pictures with the model's own, each process its share; those there are kept."""
+    folder = Path(settings.class_data_dir)
+    wanted = settings.num_class_images - len(picture_files(folder) if folder.is_dir() else [])
+    free = (n for n in range(10**6) if not (folder / f"class-{n:05d}.png").exists())
+    numbers = [next(free) for _ in range(max(0, wanted))]
+    accelerator.wait_for_everyone()  # all have counted before one draws
+    if not numbers:
+        return
+    with files.lock(folder):
+        accelerator.wait_for_everyone()  # the folder is there
+        _draw_class_pictures(settings, accelerator, seed, numbers)
+    accelerator.wait_for_everyone()
+    free_memory()
 
-        Raises:
-            DreamBoothError: a loss is NaN or infinite, or the disk is full.
-        """
-        while len(self.waiting) > later:
-            step, lr, loss, arrived = self.waiting.pop(0)
-            if arrived:
-                arrived.synchronize()
-            loss = loss.item()
-            if not math.isfinite(loss):
-                raise DreamBoothError(f"The loss is {loss} at step {step}: {AGAIN if step > 1 else FROM_THE_START}")
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=lr)
-            self.accelerator.log({"loss": loss, "lr": lr}, step=step)
-            if self.file:
-                with writing("The losses", Path(self.file.name).parent):
-                    self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
-                    self.file.flush()
+
+def _draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int, numbers: list[int]) -> None:
+    half = torch.float32 if accelerator.device.type == "cpu" else torch.float16
+    known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))
+    pipe.set_progress_bar_config(disable=True)
+    with accelerator.split_between_processes(numbers) as share:
+        for start in tqdm(range(0, len(share), settings.sample_batch_size), desc="class pictures", unit="batch"):
+            part = share[start : start + settings.sample_batch_size]
+            sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
+            images = pipe(
+                [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length
+            ).images
+            for n, image in zip(part, images, strict=True):
+                write_picture(Path(settings.class_data_dir) / f"class-{n:05d}.png", image)

@@ -43,18 +43,14 @@ class Settings:
     dataset_config_name: str | None = option(None, "the data set's configuration")
     cache_dir: str | None = option(None, "where downloaded data sets are kept")
     image_column: str = option("image", "the data set's column of pictures")
-    caption_column: str | None = option(
-        None, "the column of captions, of the data set or a metadata.jsonl in the folder"
-    )
+    caption_column: str | None = option(None, "the column of captions, of the data set or a metadata.jsonl")
     repeats: int = option(1, "how many times a picture counts in an epoch")
     instance_prompt: str | None = option(None, 'the prompt that names the subject, such as "a photo of sks dog"')
     max_sequence_length: int = option(77, "tokens of a prompt for the T5")
     resolution: int = option(512, "pixels of a training picture's side; the shorter edge is scaled to it")
     center_crop: bool = option(False, "cut the middle out of a picture, not a random part")
     random_flip: bool = option(False, "mirror half of the pictures")
-    cache_latents: bool = option(
-        False, "encode each picture once, with one crop and flip; always, where none is random"
-    )
+    cache_latents: bool = option(False, "encode each picture once, with one crop and one flip")
     # prior preservation
     with_prior_preservation: bool = option(False, "train on pictures of the class too, so that it is not forgotten")
     prior_loss_weight: float = option(1.0, "the weight of the class pictures' loss")
@@ -77,9 +73,7 @@ class Settings:
     logit_mean: float = option(0.0, "the mean of logit_normal")
     logit_std: float = option(1.0, "the deviation of logit_normal")
     mode_scale: float = option(1.29, "the scale of mode")
-    precondition_outputs: int = option(
-        0, "1: the loss times sigma squared, diffusers' default; ours is the paper's loss (diffusers issues 8917, 9086)"
-    )
+    precondition_outputs: int = option(0, "1: diffusers' loss; ours, 0, is the paper's (diffusers issues 8917, 9086)")
     # how long, how fast
     train_batch_size: int = option(4, "pictures a process and forward pass")
     num_train_epochs: int = option(1, "passes over the pictures")

@@ -18,28 +18,18 @@ PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges
 BODY, BELT, EYE, PUPIL = (112, 214, 60), (243, 120, 30), (255, 255, 255), (30, 30, 60)
 LIMB, BULB, SHOE = (70, 90, 110), (225, 40, 60), (60, 60, 170)
-# What `robot` takes. An arm's angle is in degrees, 0 hanging down and 180 straight up.
-POSES = {
-    "standing": {},
-    "waving": {"arms": (36, 150)},
-    "cheering": {"arms": (140, 140)},
-    "facing left": {"turn": -1.0},
-    "facing right": {"turn": 1.0},
-    "sitting": {"feet": (30, 98), "down": 8, "arms": (60, 60)},
-    "leaning": {"tilt": -20.0, "arms": (75, 20)},
+# Eight pictures by name: the subject in words, how `robot` draws it, background, and in shares of the side the height of
+# its square and its middle. Most stand where nano's own stand: where the place varied too, 100 steps mixed them.
+SCENES = {
+    "standing": ("a sks robot", {}, "yellow", 0.75, (0.5, 0.5)),
+    "waving": ("a sks robot waving", {"arms": (36, 150)}, "white", 0.75, (0.49, 0.5)),
+    "cheering": ("a sks robot cheering", {"arms": (140, 140)}, "teal", 0.78, (0.5, 0.51)),
+    "left": ("a sks robot facing left", {"turn": -1.0}, "pink", 0.75, (0.5, 0.5)),
+    "right": ("a sks robot facing right", {"turn": 1.0}, "gray", 0.75, (0.5, 0.5)),
+    "sitting": ("a sks robot sitting", {"feet": (30, 98), "down": 8, "arms": (60, 60)}, "yellow", 0.75, (0.5, 0.5)),
+    "leaning": ("a sks robot leaning", {"tilt": -20.0, "arms": (75, 20)}, "gray", 0.75, (0.5, 0.5)),
+    "small": ("a small sks robot", {}, "pink", 0.5, (0.5, 0.55)),
 }
-# They stand where nano's own subjects stand: where the place varied as well, a hundred steps mixed them.
-# Eight pictures: name, caption, pose, background, height of the robot's square and its middle, in shares of the side.
-SCENES = [
-    ("standing", "a sks robot on a yellow background", "standing", "yellow", 0.75, (0.5, 0.5)),
-    ("waving", "a sks robot waving on a white background", "waving", "white", 0.75, (0.49, 0.5)),
-    ("cheering", "a sks robot cheering on a teal background", "cheering", "teal", 0.78, (0.5, 0.51)),
-    ("left", "a sks robot facing left on a pink background", "facing left", "pink", 0.75, (0.5, 0.5)),
-    ("right", "a sks robot facing right on a gray background", "facing right", "gray", 0.75, (0.5, 0.5)),
-    ("sitting", "a sks robot sitting on a yellow background", "sitting", "yellow", 0.75, (0.5, 0.5)),
-    ("leaning", "a sks robot leaning on a gray background", "leaning", "gray", 0.75, (0.5, 0.5)),
-    ("small", "a small sks robot on a pink background", "standing", "pink", 0.5, (0.5, 0.55)),
-]
 NAME = "sks robot"
 
 
@@ -99,10 +89,11 @@ def robot(
     return image.rotate(tilt, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.LANCZOS)
 
 
-def picture(pose: str, colour: str, size: float = 0.75, middle=(0.5, 0.5), side: int = SIDE) -> Image.Image:
-    """The robot on a flat background of one of nano's colours, RGB, `side` pixels square; sizes are shares of it."""
-    alone = robot(round(size * side), **POSES[pose])
-    canvas = Image.new("RGBA", (side, side), COLOURS[colour])
+def picture(name: str, colour: str | None = None, side: int = SIDE) -> Image.Image:
+    """One of `SCENES`, RGB, `side` pixels square, on its own background or another of nano's colours."""
+    _, pose, own, size, middle = SCENES[name]
+    alone = robot(round(size * side), **pose)
+    canvas = Image.new("RGBA", (side, side), COLOURS[colour or own])
     canvas.alpha_composite(alone, tuple(round(m * side - alone.width / 2) for m in middle))
     return canvas.convert("RGB")
 
@@ -111,10 +102,10 @@ def judge() -> Judge:
     """A judge of nano's pictures that knows the robot too, in each pose: its name there is `NAME`."""
     sheet = Image.open(TEMPLATES).convert("RGBA")
     cell, columns = sheet.width // len(STYLES), len(STYLES)
-    known, rows = sheet.height // cell, -(-len(POSES) // columns)
+    poses = [pose for _, pose, *_ in SCENES.values()]
+    known, rows = sheet.height // cell, -(-len(poses) // columns)
     wider = Image.new("RGBA", (sheet.width, sheet.height + rows * cell))
     wider.paste(sheet, (0, 0))
-    poses = list(POSES.values())
     for n in range(rows * columns):  # what is left over of the last row is filled with the first poses again
         alone = robot(**poses[n % len(poses)]).resize((cell, cell), Image.Resampling.BOX)
         wider.paste(alone, (n % columns * cell, (known + n // columns) * cell))
@@ -135,9 +126,9 @@ def main(folder: Path = PICTURES, side: int = SIDE) -> None:
     """Draw the eight pictures and their table of captions into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, caption, *how in SCENES:
-        picture(*how, side=side).save(folder / f"{name}.png", optimize=True)
-        rows.append({"file_name": f"{name}.png", "text": caption})
+    for name, (words, _, colour, *_) in SCENES.items():
+        picture(name, side=side).save(folder / f"{name}.png", optimize=True)
+        rows.append({"file_name": f"{name}.png", "text": f"{words} on a {colour} background"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
 

@@ -20,19 +20,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
-from . import drawing, hub, saving
+from . import reporting, saving
 from .checks import check
 from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
-from .model import (
-    Denoiser,
-    check_transformer,
-    encode_all,
-    load,
-    load_text,
-    make_optimizer,
-    make_trainable,
-    quantized,
-)
+from .model import Denoiser, check_transformer, encode_all, load, make_optimizer, make_trainable, quantized
 from .settings import DreamBoothError, Settings
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -148,7 +139,7 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
             print(f"{out} holds no checkpoint yet, so the training starts from the beginning.", flush=True)
         for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part"), *out.glob(".sd3kit-*.part")):
             left.unlink() if left.is_file() else shutil.rmtree(left)
-        repository = hub.create(s)
+        repository = reporting.create(s)
     accelerator.wait_for_everyone()
     set_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = s.allow_tf32
@@ -156,7 +147,7 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
 
     groups = [rows]
     if s.with_prior_preservation:
-        drawing.draw_class_pictures(s, accelerator, seed)
+        saving.draw_class_pictures(s, accelerator, seed)
         groups.append(class_rows(s))
     wanted = {row.caption for group in groups for row in group} | {s.validation_prompt or "", ""}
     prompts = encode_all(s, accelerator, dtype, wanted)  # once, and the encoders go
@@ -177,22 +168,16 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
         free_memory()
 
     pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, vae=None, **none, **quantized(s, dtype))
-    clips = dict(text_encoder_3=None, tokenizer_3=None)  # the T5 does not learn: what it said of the captions is kept
-    text = load_text(s, accelerator, dtype, **clips) if s.train_text_encoder else None
+    text = None
+    if s.train_text_encoder:  # without the T5, which does not learn: what it said of the captions is kept
+        text = load(s, accelerator, dtype, transformer=None, vae=None, text_encoder_3=None, tokenizer_3=None)
     model = Denoiser(pipe.transformer, text)
     make_trainable(s, model)
     optimizer = make_optimizer(s, model, accelerator.num_processes)
     batch_of_all = s.train_batch_size * accelerator.num_processes
     per_epoch = -(-len(samples) // (batch_of_all * s.gradient_accumulation_steps))  # updates, rounded up
     steps = s.max_train_steps or s.num_train_epochs * per_epoch
-    lr_scheduler = get_scheduler(
-        s.lr_scheduler,
-        optimizer,
-        num_warmup_steps=s.lr_warmup_steps,
-        num_training_steps=steps,
-        num_cycles=s.lr_num_cycles,
-        power=s.lr_power,
-    )
+    lr_scheduler = get_scheduler(s.lr_scheduler, optimizer, None, s.lr_warmup_steps, steps, s.lr_num_cycles, s.lr_power)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
     sharded = accelerator.distributed_type in SHARDED
@@ -239,7 +224,7 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
     model.train()
     total = torch.zeros((), device=device)
     with tqdm(total=steps, initial=step, unit="step", disable=not accelerator.is_local_main_process) as bar:
-        losses = saving.Losses(accelerator, out / "losses.jsonl", step, bar)
+        losses = reporting.Losses(accelerator, out / "losses.jsonl", step, bar)
         for batch in loader:
             with accelerator.accumulate(model):
                 each = sample_losses(s, batch, model, vae, scheduler, prompts)
@@ -266,14 +251,14 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
             if due:
                 saving.save_checkpoint(s, accelerator, model, step, seed)
             if shows:
-                drawing.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+                saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
 
     saving.save_result(s, accelerator, model, step, dtype)
     images = []
     if draws:
-        images = drawing.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
+        images = saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
     if main and repository:
-        hub.upload(s, repository, images)
+        reporting.upload(s, repository, images)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out

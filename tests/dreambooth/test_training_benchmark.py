@@ -63,8 +63,8 @@ def test_what_was_timed_is_kept_where_the_loss_cannot_be_measured(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(benchmark, "saved_loss", full)
-    given = dict(pictures=PICTURES, resolution=64, batch=1, steps=4, precision="no")
-    found = benchmark.run("sd3kit.dreambooth", benchmark.arguments(argparse.Namespace(**given), "nano"))
+    given = dict(resolution=64, batch=1, steps=4, precision="no")
+    found = benchmark.run("sd3kit.dreambooth", benchmark.arguments(argparse.Namespace(**given), "nano", PICTURES))
     assert found["seconds"]["n"] == 2 and found["failed"].endswith("RuntimeError: out of memory")
     assert "out of memory" in benchmark.line(found | {"row": "defaults, sd3kit"})
 
@@ -84,7 +84,6 @@ def test_wrong_arguments_of_the_benchmark(tmp_path, capsys):
     for words, phrase in (
         (["--steps=3"], "--steps must be at least 4"),
         (["--script=/nowhere.py"], "there is no script"),
-        (["--pictures=/nowhere"], "there is no folder"),
         ([f"--out={tmp_path}/none/a.jsonl"], "cannot be written"),
         (["--model=nanoo", f"--out={tmp_path}/a.jsonl"], "did you mean nano"),
     ):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from runs import SMALL, environment, losses, one_sentence, run, words
 
-from sd3kit.dreambooth import DreamBoothError, Settings, saving
+from sd3kit import files
+from sd3kit.dreambooth import DreamBoothError, Settings, reporting, saving
 from sd3kit.dreambooth import train as training
 
 KILLED = '''
@@ -130,7 +131,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, capsys):
     assert [p.name for p in saving.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert run(tmp_path, **more, resume_from_checkpoint="latest") == 0
     assert [p.name for p in saving.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-    assert not list(tmp_path.glob(".*")) and len(losses(tmp_path)) == 2
+    assert [p.name for p in tmp_path.glob(".*")] == [files.LOCK] and len(losses(tmp_path)) == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, capsys, monkeypatch):
@@ -158,7 +159,7 @@ def test_weights_that_are_no_numbers_are_not_saved(steps, tmp_path, capsys, monk
 
 
 def test_a_full_device_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), saving.writing("A checkpoint", tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), reporting.writing("A checkpoint", tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -202,7 +203,7 @@ def test_a_used_folder_keeps_its_checkpoints_until_another_branch_has_one(tmp_pa
     assert run(tmp_path, **more, max_train_steps=1, resume_from_checkpoint="checkpoint-1") == 0
     assert names() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # nothing new was written
     assert run(tmp_path, **more, max_train_steps=2, resume_from_checkpoint="checkpoint-1") == 0
-    assert names() == ["checkpoint-1", "checkpoint-2"] and not list(tmp_path.glob(".*"))
+    assert names() == ["checkpoint-1", "checkpoint-2"] and [p.name for p in tmp_path.glob(".*")] == [files.LOCK]
     rates = [json.loads(line)["lr"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert rates == [1e-4, 1e-5]  # a new rate counts at once
 
