@@ -18,7 +18,7 @@ PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges
 BODY, BELT, EYE, PUPIL = (112, 214, 60), (243, 120, 30), (255, 255, 255), (30, 30, 60)
 LIMB, BULB, SHOE = (70, 90, 110), (225, 40, 60), (60, 60, 170)
-# Eight pictures by name: the subject in words, how `robot` draws it, background, and in shares of the side the height of
+# Eight pictures by name: the subject in words, how `robot` draws it, the background; in shares of the side the height of
 # its square and its middle. Most stand where nano's own stand: where the place varied too, 100 steps mixed them.
 SCENES = {
     "standing": ("a sks robot", {}, "yellow", 0.75, (0.5, 0.5)),
