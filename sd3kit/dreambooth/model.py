@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.import_utils import is_torchao_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..loading import names, pipeline, problems
+from ..loading import hub, names, parts, pipeline
 from .settings import DreamBoothError, Settings
 
 # The joint attention's projections: q, k, v and output, of the picture's tokens and (add_) of the text's.
@@ -103,13 +103,11 @@ def check_transformer(settings: Settings) -> None:
         raise DreamBoothError(f"{error}: pip install -U torchao, or pip uninstall torchao.") from error
     name = settings.pretrained_model_name_or_path
     source = names.resolve(name)
+    path = hub.file(name, source, "transformer/config.json", revision=settings.revision)
     try:
-        config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=settings.revision)
-    except Exception as error:
-        sentence = problems.explain(error, name, source)
-        if sentence is None:
-            raise
-        raise DreamBoothError(sentence) from error
+        config = parts.read_json(path)
+    except parts.Damaged as error:
+        raise DreamBoothError(f"{path} {error}: get it again.") from error
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
     lora_targets(settings, transformer)

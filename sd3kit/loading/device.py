@@ -5,16 +5,42 @@ from pathlib import Path
 
 import torch
 
-from .names import NANO
+from .names import LoadError, resolve
 
 
 def pick_device() -> str:
-    """The device that the environment variable SD3KIT_DEVICE names, or the fastest of this machine: cuda, mps, cpu."""
-    if named := os.environ.get("SD3KIT_DEVICE"):
-        return named
+    """The device of the environment variable SD3KIT_DEVICE, or the fastest of this machine: cuda, mps or cpu.
+
+    Raises:
+        LoadError: SD3KIT_DEVICE names a device that this machine does not have.
+    """
+    if asked := os.environ.get("SD3KIT_DEVICE"):
+        return check_device(asked, "SD3KIT_DEVICE")
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str | torch.device, where: str = "device") -> str:
+    """The name of a device, such as "cuda:1", if this machine has it.
+
+    Raises:
+        LoadError: it has not; `where` says what asked for it.
+    """
+    name = str(device)
+    try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            return name
+        there = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
+        there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        raise LoadError(
+            f"{where} asks for {name!r}, which this machine does not have: use {' or '.join(there)}."
+        ) from None
+    return name
 
 
 def processes():
@@ -35,11 +61,11 @@ def environment_alone() -> dict[str, str]:
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The precision for a model (a name, a folder or a Hub id) on a device, and why."""
-    folder = NANO if name == "nano" else Path(name)
-    if folder.is_dir() and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 2**30:
+    folder, kind = Path(resolve(name)), torch.device(device).type
+    if folder.is_dir() and sum(f.stat().st_size for f in folder.rglob("*.safetensors") if f.exists()) < 2**30:
         return torch.float32, "it is small enough for full precision"
-    if device == "cpu":
+    if kind == "cpu":
         return torch.bfloat16, "half the memory of float32, and fp16 is slow on a CPU"
-    if name.startswith("3.5") and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if name.startswith("3.5") and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the precision that SD3.5 was released in"
     return torch.float16, "the precision that SD3 was released in"

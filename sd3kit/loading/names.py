@@ -31,7 +31,7 @@ def resolve(model: str | os.PathLike | None = None) -> str:
     if name in configs.HUB:
         return configs.HUB[name]
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if (folder / "model_index.json").is_file():
             return str(folder)
         raise LoadError(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from . import configs
-from .device import pick_device, pick_dtype
+from . import configs, hub, parts
+from .device import check_device, pick_device, pick_dtype
 from .names import MODELS, NANO, LoadError, resolve
-from .problems import explain
+
+PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 
 
 def load(
@@ -30,7 +31,7 @@ def load(
 
     Args:
         model: a name of `MODELS`, a folder or a Hub id; None is the environment variable SD3KIT_MODEL, or nano.
-        device: "cuda", "mps", "cpu"; None picks the fastest.
+        device: "cuda", "mps", "cpu"; None is the environment variable SD3KIT_DEVICE, or the fastest.
         dtype: None picks what suits the model and the device.
         weights: "trained", or "random" to build a model of `MODELS` at its true size with no download, for measuring
             speed and memory; what it draws is noise. None is the environment variable SD3KIT_WEIGHTS for the models of
@@ -39,8 +40,11 @@ def load(
         **kwargs: passed on to `StableDiffusion3Pipeline.from_pretrained`, such as `text_encoder_3=None,
             tokenizer_3=None`. Without weights in safetensors nothing is loaded: a pickle is never opened.
 
+    Every weight must be there, known, of its shape and finite. With a `device_map` or a `quantization_config` the
+    libraries load on their own terms, and show their own report of weights.
+
     Raises:
-        LoadError: whatever goes wrong, in one sentence with the next step.
+        LoadError: whatever goes wrong, in one sentence with the next step; it names the file, the part or the tensor.
         ValueError: `weights` is neither of the two.
     """
     name = os.fspath(model or os.environ.get("SD3KIT_MODEL") or "nano")
@@ -49,8 +53,9 @@ def load(
     if weights not in ("trained", "random"):
         raise ValueError(f'weights must be "trained" or "random", not {weights!r}.')
     source = resolve(name)
-    device = device or pick_device()
+    device = pick_device() if device is None else check_device(device)
     picked, reason = pick_dtype(name, device)
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # its name before diffusers 0.40
     if dtype is None:
         dtype = picked
     else:
@@ -59,9 +64,7 @@ def load(
         pipe = _random(name, dtype, device, kwargs)
         reason += "; its weights are random, so it draws noise"
     else:
-        pipe = _trained(name, source, dtype, kwargs)
-        if "device_map" not in kwargs:
-            pipe.to(device)
+        pipe = _trained(name, source, dtype, device, kwargs)
     if not quiet:
         print(f"{name} on {device} in {str(dtype).removeprefix('torch.')}: {reason}.")
     return pipe
@@ -111,18 +114,52 @@ def with_dtype(cls: type) -> type:
     return Older
 
 
-def _trained(name: str, source: str, dtype: torch.dtype, kwargs: dict):
+def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: dict):
+    local = Path(source).is_dir()
+    options = {key: kwargs[key] for key in hub.OPTIONS if key in kwargs}
+    kwargs = {key: value for key, value in kwargs.items() if key not in hub.OPTIONS}
+    variant, folder = kwargs.pop("variant", None), Path(source)
+    given = {key for key in kwargs if key.rstrip("_23") in PARTS}
+    # placed or quantized by the libraries: then they load all at once, and their reports are shown
+    theirs = kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None
     try:
-        with undisturbed(local=Path(source).is_dir()):
+        with undisturbed(local):
             from diffusers import StableDiffusion3Pipeline
 
-            kwargs = dtype_argument(dtype) | kwargs
-            return StableDiffusion3Pipeline.from_pretrained(source, use_safetensors=True, **kwargs)
-    except Exception as error:
-        sentence = explain(error, name, source)
-        if sentence is None:
-            raise
-        raise LoadError(sentence) from error
+            if not local:
+                folder = hub.folder(name, source, variant, given, **options)
+            found = parts.examine(folder, given, variant)
+            loaded = {} if theirs else parts.load(folder, found, variant, lambda library: _precision(library, dtype))
+            if not theirs:
+                kwargs |= loaded | _precision("diffusers", dtype)
+                pipe = StableDiffusion3Pipeline.from_pretrained(folder, use_safetensors=True, **kwargs)
+        if theirs:
+            kwargs |= {"variant": variant, **_precision("diffusers", dtype)}
+            pipe = StableDiffusion3Pipeline.from_pretrained(folder, use_safetensors=True, **kwargs)
+        if "device_map" not in kwargs:
+            pipe.to(device)
+        parts.check_finite(folder, loaded)
+        return pipe
+    except parts.Damaged as error:
+        raise LoadError(_again(error, name, source, folder, local)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
+
+
+def _precision(library: str, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+    return dtype_argument(dtype) if library == "diffusers" else {"dtype": dtype}
+
+
+def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bool) -> str:
+    """What is damaged, and how to get it again; never by deleting what may be somebody's own."""
+    path = error.path.relative_to(folder) if error.path.is_relative_to(folder) else error.path
+    if not local:
+        only = f" --include '{path}/*'" if error.path.is_dir() else f" {path}"
+        only = "" if error.path == folder else only
+        return f"{path} of {name} {error.what}: `hf download {source}{only} --force-download` gets it again."
+    if folder == NANO:
+        return f"{error.path} of nano {error.what}: install sd3kit again, or take the file from its repository."
+    return f"{error.path} {error.what}: copy it again from where it came from, or save the pipeline again."
 
 
 def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
@@ -135,7 +172,7 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    parts = _trained("nano", str(NANO), dtype, {}).components
+    parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
     if name == "nano":
         for module in parts.values():
             if isinstance(module, torch.nn.Module):

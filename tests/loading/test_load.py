@@ -10,9 +10,9 @@ from huggingface_hub import errors as hub
 
 import sd3kit
 from sd3kit.loading import configs, pipeline
-from sd3kit.loading.device import pick_dtype
+from sd3kit.loading.device import pick_device, pick_dtype
+from sd3kit.loading.hub import explain
 from sd3kit.loading.names import NANO, resolve
-from sd3kit.loading.problems import explain
 
 
 def hub_error(kind, message="no"):
@@ -76,7 +76,7 @@ def test_a_damaged_weights_file(tmp_path, keep):
 
 def test_a_missing_file(tmp_path):
     (copy_of_nano(tmp_path / "mine") / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(sd3kit.LoadError, match="lacks a file"):
+    with pytest.raises(sd3kit.LoadError, match="is missing"):
         sd3kit.load(tmp_path / "mine")
 
 
@@ -84,7 +84,7 @@ def test_a_pickle_is_never_opened(tmp_path):
     vae = copy_of_nano(tmp_path / "mine") / "vae"
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, vae / "diffusion_pytorch_model.bin")
-    with pytest.raises(sd3kit.LoadError, match="lacks a file"):
+    with pytest.raises(sd3kit.LoadError, match="is missing"):
         sd3kit.load(tmp_path / "mine")
 
 
@@ -113,6 +113,24 @@ def test_causes_are_found_behind_what_diffusers_raises(cause, words):
 
 def test_an_error_of_another_kind_is_not_disguised():
     assert explain(KeyError("x"), "medium", configs.HUB["medium"]) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "meta", ""])
+def test_a_device_that_is_not_there(device, monkeypatch):
+    with pytest.raises(sd3kit.LoadError, match="device asks for .* use .*cpu"):
+        sd3kit.load(device=device)
+    if device:
+        monkeypatch.setenv("SD3KIT_DEVICE", device)
+        with pytest.raises(sd3kit.LoadError, match="SD3KIT_DEVICE asks for"):
+            sd3kit.load()
+
+
+def test_one_variable_decides_the_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("SD3KIT_DEVICE", "cpu")
+    assert pick_device() == "cpu" and sd3kit.load().device.type == "cpu"
+    assert "nano on cpu" in capsys.readouterr().out
 
 
 def test_weights_must_be_named_right():
