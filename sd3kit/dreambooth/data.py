@@ -17,6 +17,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image, ImageOps
 
+from ..loading import hub
 from ..pictures import FORMATS, SUFFIXES, flatten, open_picture
 from .settings import DreamBoothError, Settings
 
@@ -140,15 +141,11 @@ def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
 
     name = settings.dataset_name
     try:
-        loaded = load_dataset(name, settings.dataset_config_name, cache_dir=settings.cache_dir)["train"]
-    except PermissionError as error:
-        raise DreamBoothError(
-            f"The data set {name} cannot be kept in {error.filename}: give another --cache_dir, or set HF_HOME."
-        ) from error
+        with hub.guarded():
+            loaded = load_dataset(name, settings.dataset_config_name, cache_dir=settings.cache_dir)["train"]
     except Exception as error:
-        raise DreamBoothError(
-            f"The data set {name} cannot be loaded ({type(error).__name__}): check its name and the network."
-        ) from error
+        why = f"The data set {name} cannot be loaded ({type(error).__name__}): check its name and the network."
+        raise DreamBoothError(hub.explain(error, f"The data set {name}", f"datasets/{name}") or why) from error
     for column in filter(None, (settings.image_column, settings.caption_column)):
         if column not in loaded.column_names:
             raise DreamBoothError(f"{name} has no column {column}: it has {', '.join(loaded.column_names)}.")

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import files
 from ..errors import UserError
+from ..loading import hub
 from .settings import DreamBoothError, Settings
 
 FROM_THE_START = "the model's weights hold NaN, or overflow in fp16: get the model again, or use bf16 or no."
@@ -106,7 +107,7 @@ def create(settings: Settings) -> str:
     from huggingface_hub import create_repo
 
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    return _try(name, lambda: create_repo(name, token=settings.hub_token, exist_ok=True)).repo_id
+    return _try(settings, name, lambda: create_repo(name, token=settings.hub_token, exist_ok=True)).repo_id
 
 
 def upload(settings: Settings, name: str, images: list[Image.Image]) -> None:
@@ -117,17 +118,21 @@ def upload(settings: Settings, name: str, images: list[Image.Image]) -> None:
     files.write_whole(out / "README.md", card(settings, name, len(images)))
     hidden = ["checkpoint-*", ".*", f"{settings.logging_dir}/*", "settings.json"]
     more = dict(ignore_patterns=hidden, commit_message="Trained with sd3kit.dreambooth")
-    _try(name, lambda: upload_folder(repo_id=name, folder_path=out, token=settings.hub_token, **more))
+    _try(settings, name, lambda: upload_folder(repo_id=name, folder_path=out, token=settings.hub_token, **more))
 
 
-def _try(name: str, call):
+def _try(settings: Settings, name: str, call):
     try:
-        return call()
-    except Exception as error:  # huggingface_hub's errors hold addresses and headers; their kind is enough
+        with hub.guarded():
+            return call()
+    except Exception as error:
+        why = hub.explain(error, name, name) or type(error).__name__
+        if settings.hub_token and settings.hub_token in why:
+            why = type(error).__name__
         raise DreamBoothError(
-            f"The Hub did not take {name} ({type(error).__name__}): log in with `hf auth login` with a token that may "
-            "write, or leave out --push_to_hub."
-        ) from error
+            f"The Hub did not take {name} ({why.rstrip('.')}): log in with `hf auth login` with a token that may write, or "
+            "leave out --push_to_hub."
+        ) from None
 
 
 def card(settings: Settings, name: str, drawn: int) -> str:

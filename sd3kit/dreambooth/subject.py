@@ -18,8 +18,8 @@ PICTURES = Path(__file__).parent / "pictures"
 SIDE, SMOOTH = 128, 4  # pixels of a picture; how many times larger it is drawn, for smooth edges
 BODY, BELT, EYE, PUPIL = (112, 214, 60), (243, 120, 30), (255, 255, 255), (30, 30, 60)
 LIMB, BULB, SHOE = (70, 90, 110), (225, 40, 60), (60, 60, 170)
-# Eight pictures by name: the subject in words, how `robot` draws it, the background; in shares of the side the height of
-# its square and its middle. Most stand where nano's own stand: where the place varied too, 100 steps mixed them.
+# Eight pictures by name: the subject in words, how `robot` draws it, the background, and in shares of the side how high
+# its square is and where its middle. Most stand where nano's own do: where the place varied too, 100 steps mixed them.
 SCENES = {
     "standing": ("a sks robot", {}, "yellow", 0.75, (0.5, 0.5)),
     "waving": ("a sks robot waving", {"arms": (36, 150)}, "white", 0.75, (0.49, 0.5)),

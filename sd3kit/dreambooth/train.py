@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
+from ..loading.device import pick_device
 from . import reporting, saving
 from .checks import check
 from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
@@ -88,13 +89,16 @@ def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    device = pick_device()
+    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and on_cpu:
         raise DreamBoothError("fp16 needs a GPU, and this training is on the CPU: use --mixed_precision no, or bf16.")
     if settings.use_8bit_adam and on_cpu and is_bitsandbytes_version("<", "0.50.0"):
         raise DreamBoothError("--use_8bit_adam on a CPU needs a newer package: pip install -U bitsandbytes.")
-    if precision == "bf16" and not on_cpu and torch.backends.mps.is_available():
+    if precision == "bf16" and not on_cpu and device == "mps":
         raise DreamBoothError("bf16 does not train on Apple's GPUs: use --mixed_precision fp16, or no.")
     out = Path(settings.output_dir)
     return Accelerator(

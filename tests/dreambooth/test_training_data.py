@@ -139,6 +139,14 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     rows = data.instance_rows(Settings(**(SMALL | more)))
     assert [row.caption for row in rows] == ["one", "a sks robot"] and rows[1].open(64).mode == "RGB"
     assert rows[0].open(64).getpixel((0, 0)) == (255, 255, 255)  # on white, as a folder's pictures are
+
+    def no_permission(*_, **__):
+        raise PermissionError(13, "Permission denied", "/somewhere/datasets")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_in, "load_dataset", no_permission)
+        with pytest.raises(DreamBoothError, match="no permission for /somewhere/datasets.*HF_HOME"):
+            data.instance_rows(Settings(**(SMALL | more)))
     for column, phrase in (("picture", "has no column picture"), ("number", "holds no pictures")):
         with pytest.raises(DreamBoothError, match=phrase):
             data.instance_rows(Settings(**(SMALL | more | {"image_column": column})))
