@@ -1,7 +1,9 @@
 """The command: `accelerate launch -m sd3kit.dreambooth --instance_data_dir ... --instance_prompt ...`."""
 
+import os
 import sys
 
+from .. import files
 from ..errors import answer
 from .checks import check
 from .settings import DreamBoothError, parse
@@ -21,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(arguments: list[str] | None) -> None:
     settings = parse(arguments)
     check(settings)  # before torch and diffusers are imported, which takes seconds
+    if os.path.isdir(settings.output_dir):
+        with files.lock(settings.output_dir):
+            pass  # another training there is told at once too
     from ..records import is_out_of_memory
     from .train import train
 

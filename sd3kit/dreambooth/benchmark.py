@@ -199,10 +199,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Run every training of the chosen sets; a row that is in the file for the same machine and settings is left.
-
-    Returns:
-        1 where a training ended with an error other than a full memory, else 0.
+    """Train with each of the chosen sets; rows that are there for this machine and settings are left. 1 after an error.
 
     Raises:
         UserError: a wrong argument, in one sentence.

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from .. import files
-from ..errors import UserError
 from .settings import PROGRESS, TRACKERS, DreamBoothError, Settings, installed, kinds, near
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -31,7 +30,7 @@ def check(settings: Settings) -> None:
     """Refuse what can be known to be wrong before a model is loaded.
 
     Raises:
-        DreamBoothError: the first thing that is wrong, in one sentence.
+        UserError: the first thing that is wrong, in one sentence.
     """
     for problem in _problems(settings):
         raise DreamBoothError(problem)
@@ -101,10 +100,7 @@ def _problems(s: Settings):
 def _output_problems(s: Settings):
     if not s.output_dir.strip():
         yield "--output_dir is empty: name a folder for the result."
-    try:
-        files.check_writable(s.output_dir, folder=True)
-    except UserError as error:
-        yield f"The output folder {error}"
+    files.check_writable(s.output_dir, folder=True)
     out = Path(s.output_dir)
     named, ours = s.resume_from_checkpoint, checkpoints(out)
     if named and named != "latest" and not any(is_checkpoint(p) for p in (Path(named), out / named)):

@@ -130,8 +130,8 @@ def _try(settings: Settings, name: str, call):
         if settings.hub_token and settings.hub_token in why:
             why = type(error).__name__
         raise DreamBoothError(
-            f"The Hub did not take {name} ({why.rstrip('.')}): log in with `hf auth login` with a token that may write, or "
-            "leave out --push_to_hub."
+            f"The Hub did not take {name} ({why.rstrip('.')}): log in with `hf auth login` with a token that may write, "
+            "or leave out --push_to_hub."
         ) from None
 
 

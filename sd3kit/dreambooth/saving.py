@@ -222,12 +222,12 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
         return
     with files.lock(folder):
         accelerator.wait_for_everyone()  # the folder is there
-        _draw_class_pictures(settings, accelerator, seed, numbers)
+        _draw(settings, accelerator, seed, numbers)
     accelerator.wait_for_everyone()
     free_memory()
 
 
-def _draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int, numbers: list[int]) -> None:
+def _draw(settings: Settings, accelerator: Accelerator, seed: int, numbers: list[int]) -> None:
     half = torch.float32 if accelerator.device.type == "cpu" else torch.float16
     known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))

@@ -145,7 +145,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(stand_in, "load_dataset", no_permission)
-        with pytest.raises(DreamBoothError, match="no permission for /somewhere/datasets.*HF_HOME"):
+        with pytest.raises(DreamBoothError, match=r"no permission for /somewhere/datasets.*HF_HOME"):
             data.instance_rows(Settings(**(SMALL | more)))
     for column, phrase in (("picture", "has no column picture"), ("number", "holds no pictures")):
         with pytest.raises(DreamBoothError, match=phrase):
