@@ -129,10 +129,8 @@ def _try(settings: Settings, name: str, call):
         why = hub.explain(error, name, name) or type(error).__name__
         if settings.hub_token and settings.hub_token in why:
             why = type(error).__name__
-        raise DreamBoothError(
-            f"The Hub did not take {name} ({why.rstrip('.')}): log in with `hf auth login` with a token that may write, "
-            "or leave out --push_to_hub."
-        ) from None
+        advice = "log in with `hf auth login` with a token that may write, or leave out --push_to_hub."
+        raise DreamBoothError(f"The Hub did not take {name} ({why.rstrip('.')}): {advice}") from None
 
 
 def card(settings: Settings, name: str, drawn: int) -> str:
