@@ -4,8 +4,8 @@
     TMPDIR=/dev/shm python -m sd3kit.dreambooth.benchmark --script train_dreambooth_lora_sd3.py --out training.jsonl \\
         --model medium --weights random --resolution 1024 --precision bf16 --steps 12   # on a GPU, without a download
 
-Two comparisons: `defaults`, each with its own, and `equal`, the same caching and checkpointing on both sides, so that
-one sees what the code is worth and what the settings are. Then the ladder, ours alone, each rung with those before it.
+Two comparisons: `defaults`, each with its own (ours caches the latents of square pictures), and `equal`, the same caching
+and checkpointing on both sides. Then the ladder goes on, ours alone, each rung with those before it.
 All train the same loss (`--precondition_outputs=0`), each in a process of its own. The script needs torchvision.
 """
 
@@ -37,7 +37,6 @@ LADDER = ["--cache_latents", "--gradient_checkpointing", "--use_8bit_adam", "--b
 SETS = {
     "defaults": ([], BOTH),
     "equal": (LADDER[:2], BOTH),
-    "cached": (LADDER[:1], ALONE),
     "8-bit Adam": (LADDER[:3], ALONE),
     "NF4": (LADDER, ALONE),
 }
@@ -199,11 +198,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train with each of the chosen sets; rows that are there for this machine and settings are left. 1 after an error.
-
-    Raises:
-        UserError: a wrong argument, in one sentence.
-    """
+    """Train with each of the chosen sets, those in the file left out; 1 after an error. UserError: a wrong argument."""
     if options.steps < 4 or options.batch < 1 or options.resolution < 64:
         raise UserError("--steps must be at least 4, --batch 1 and --resolution 64.")
     if options.script and not options.script.is_file():

@@ -27,11 +27,7 @@ LIMITS = {
 
 
 def check(settings: Settings) -> None:
-    """Refuse what can be known to be wrong before a model is loaded.
-
-    Raises:
-        UserError: the first thing that is wrong, in one sentence.
-    """
+    """Refuse what can be known to be wrong, by a UserError that says the first such thing in one sentence."""
     for problem in _problems(settings):
         raise DreamBoothError(problem)
 

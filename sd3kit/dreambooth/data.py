@@ -35,11 +35,7 @@ class Row:
 
 
 def read(source: str | Path | bytes, side: int, name: str = "") -> Image.Image:
-    """A picture as RGB, on white where it is transparent, its shorter edge scaled to `side` pixels.
-
-    Raises:
-        PictureError: it cannot be read, or is too large or too long; `name` is what it is called there.
-    """
+    """A picture as RGB, on white where it is transparent, its shorter edge scaled to `side` pixels; or PictureError."""
     image = flatten(open_picture(source, name))
     scale = side / min(image.size)
     size = max(side, round(image.width * scale)), max(side, round(image.height * scale))

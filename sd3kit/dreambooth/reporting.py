@@ -76,11 +76,7 @@ class Losses:
         self.write(later=1 if arrived else 0)
 
     def write(self, later: int = 0) -> None:
-        """Write all but the last so many.
-
-        Raises:
-            DreamBoothError: a loss is NaN or infinite, or the disk is full.
-        """
+        """Write all but the last so many. DreamBoothError: a loss is NaN or infinite, or the disk is full."""
         while len(self.waiting) > later:
             step, lr, loss, arrived = self.waiting.pop(0)
             if arrived:
@@ -97,10 +93,9 @@ class Losses:
 
 
 def create(settings: Settings) -> str:
-    """Make the repository before the training, so that a wrong token costs no hour; its id, or "" where none is wanted.
+    """Make the repository before the training, so that a wrong token costs no hour: its id, or "" where none is wanted.
 
-    Raises:
-        DreamBoothError: not logged in, no right to write, or no network.
+    Raises DreamBoothError: not logged in, no right to write, or no network.
     """
     if not settings.push_to_hub:
         return ""

@@ -69,12 +69,7 @@ def latents(batch: dict, vae: AutoencoderKL) -> torch.Tensor:
 
 
 def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler, prompts: dict) -> torch.Tensor:
-    """The loss of each sample of a batch as `data.collate` makes it, (B,).
-
-    Args:
-        model: a `Denoiser`, as accelerate may have wrapped it.
-        prompts: embeddings and pooled ones by caption.
-    """
+    """The loss (B,) of a batch of `data.collate`, by a `Denoiser`; `prompts` holds each caption's `encode`d tensors."""
     device = next(model.parameters()).device
     sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
     batch = send_to_device(batch, device, non_blocking=True)
