@@ -263,14 +263,6 @@ def test_a_base_in_four_bits(tmp_path):
     assert losses(tmp_path)[0] == pytest.approx(1.67, abs=0.5)  # a base that is damaged would predict noise
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "prodigyopt"])
-def test_optional_packages(tmp_path, name):
-    pytest.importorskip(name)
-    more = dict(report_to="tensorboard") if name == "tensorboard" else dict(optimizer="prodigy", learning_rate=1.0)
-    assert run(tmp_path, **more) == 0
-    assert name != "tensorboard" or list((tmp_path / "logs").rglob("events.out*"))
-
-
 def test_the_hub_gets_the_result_and_the_token_stays_hidden(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 

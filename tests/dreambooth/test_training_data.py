@@ -80,7 +80,7 @@ def test_latents_stay_with_their_captions(pipe):
     assert sorted(samples.row(0, n) for n in range(8)) == list(range(8))
 
 
-def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path):
+def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path, pipe):
     """Square ones that are not mirrored; a crop or a flip at random must be encoded anew."""
     Image.new("RGB", (90, 60)).save(tmp_path / "wide.png")
     square, wide = (dict(instance_data_dir=str(folder), caption_column=None) for folder in (PICTURES, tmp_path))
@@ -92,6 +92,14 @@ def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path):
     ):
         options = Settings(**(SMALL | more))
         assert data.Samples([data.instance_rows(options)], options, 0, (16, 8, 8)).fixed() == fixed, more
+    calls = []
+    vae = types.SimpleNamespace(
+        encode=lambda pixels: calls.append(1) or pipe.vae.encode(pixels), device="cpu", dtype=None
+    )
+    options = Settings(**(SMALL | square | {"repeats": 3}))
+    samples = data.Samples([data.instance_rows(options)], options, 0, (16, 8, 8))
+    samples.cache(vae)
+    assert len(calls) == 8 and len(samples.cached[0]) == 24  # a picture that counts three times is encoded once
     cached, anew = (tmp_path / name for name in ("cached", "anew"))
     assert run(cached) == 0
     with pytest.MonkeyPatch.context() as patch:
