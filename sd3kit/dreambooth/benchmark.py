@@ -4,8 +4,8 @@
     TMPDIR=/dev/shm python -m sd3kit.dreambooth.benchmark --script train_dreambooth_lora_sd3.py --out training.jsonl \\
         --model medium --weights random --resolution 1024 --precision bf16 --steps 12   # on a GPU, without a download
 
-Two comparisons: `defaults`, each with its own (ours caches square pictures' latents), and `equal`, both with caching and
-checkpointing. Then the ladder goes on, ours alone, each rung with those before it.
+Two comparisons: `defaults`, each with its own (ours caches square pictures' latents), and `equal`, both with caching
+and checkpointing. Then the ladder goes on, ours alone, each rung with those before it.
 All train the same loss (`--precondition_outputs=0`), each in a process of its own. The script needs torchvision.
 """
 
