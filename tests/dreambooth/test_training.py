@@ -217,7 +217,7 @@ def test_prior_preservation_draws_what_is_missing(tmp_path):
     shutil.copy(f"{PICTURES}/small.png", folder / "mine.png")
     prior = dict(with_prior_preservation=True, class_data_dir=folder, class_prompt="a robot", num_class_images=2)
     assert run(tmp_path / "prior", **prior, max_train_steps=1) == 0
-    drawn = sorted(p.name for p in folder.iterdir())
+    drawn = sorted(p.name for p in folder.glob("*.png"))
     assert drawn == ["class-00000.png", "mine.png"]
     first = (folder / "class-00000.png").stat().st_mtime_ns
     assert run(tmp_path / "none", **prior, max_train_steps=1, prior_loss_weight=0) == 0
