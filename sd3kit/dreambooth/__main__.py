@@ -1,8 +1,11 @@
 """The command: `accelerate launch -m sd3kit.dreambooth --instance_data_dir ... --instance_prompt ...`."""
 
-import errno
+import os
 import sys
 
+from .. import files
+from ..errors import answer
+from .checks import check
 from .settings import DreamBoothError, parse
 
 
@@ -12,38 +15,29 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 2 after an error, or 130 when it was stopped from the keyboard. What was saved so far is kept.
     """
+    return answer(
+        lambda: _train(arguments), "stopped; --resume_from_checkpoint latest goes on from the last checkpoint."
+    )
+
+
+def _train(arguments: list[str] | None) -> None:
+    settings = parse(arguments)
+    check(settings)  # before torch and diffusers are imported, which takes seconds
+    if os.path.isdir(settings.output_dir):
+        with files.lock(settings.output_dir):
+            pass  # another training there is told at once too
+    from ..records import is_out_of_memory
+    from .train import train
+
     try:
-        settings = parse(arguments)
-        settings.check()  # before torch and diffusers are imported, which takes seconds
-
-        import torch
-
-        from ..loading.names import LoadError
-        from .train import train
-
-        try:
-            train(settings)
-        except LoadError as error:
-            raise DreamBoothError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise DreamBoothError(
-                "The device's memory is full: add --gradient_checkpointing, --cache_latents and --use_8bit_adam, or "
-                "lower --train_batch_size or --resolution."
-            ) from error
-    except DreamBoothError as error:
-        print(f"dreambooth: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+        train(settings)
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        print(
-            "dreambooth: The disk is full: make room and go on with --resume_from_checkpoint latest.", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("dreambooth: stopped; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+        raise DreamBoothError(
+            "The device's memory is full: add --gradient_checkpointing, --cache_latents and --use_8bit_adam, or lower "
+            "--train_batch_size or --resolution."
+        ) from error
 
 
 if __name__ == "__main__":

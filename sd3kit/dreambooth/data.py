@@ -8,9 +8,7 @@ same samples, and a latent can never meet another picture's caption (diffusers i
 import csv
 import dataclasses
 import hashlib
-import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +17,9 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image, ImageOps
 
+from ..loading import hub
+from ..pictures import FORMATS, SUFFIXES, flatten, open_picture
 from .settings import DreamBoothError, Settings
-
-FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
-MOST_PIXELS = 2**26  # a picture of more is refused before it is decoded: 64 megapixels are 200 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,43 +29,42 @@ class Row:
     source: Path | Image.Image
     caption: str
 
-    def open(self) -> Image.Image:
-        return self.source if isinstance(self.source, Image.Image) else open_picture(self.source)
+    def open(self, side: int) -> Image.Image:
+        """The picture with its shorter edge scaled to `side` pixels."""
+        return self.source if isinstance(self.source, Image.Image) else read(self.source, side)
 
 
-def open_picture(source: str | os.PathLike | io.BytesIO, name: str = "") -> Image.Image:
-    """A picture file as RGB, turned as its EXIF data say, on white where it is transparent; `name` is for errors.
-
-    Raises:
-        DreamBoothError: not a picture of the formats above, damaged, or larger than `MOST_PIXELS`.
-    """
-    try:
-        with Image.open(source, formats=tuple(FORMATS)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:  # Pillow's own limit comes later, at 179 million
-        raise DreamBoothError(
-            f"The picture {name or source} has more than {MOST_PIXELS:,} pixels: scale it down."
-        ) from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
-        raise DreamBoothError(
-            f"The picture {name or source} cannot be read (damaged, or not {', '.join(FORMATS)}): replace or remove it."
-        ) from error
+def read(source: str | Path | bytes, side: int, name: str = "") -> Image.Image:
+    """A picture as RGB, on white where it is transparent, its shorter edge scaled to `side` pixels; or PictureError."""
+    image = flatten(open_picture(source, name))
+    scale = side / min(image.size)
+    size = max(side, round(image.width * scale)), max(side, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def picture_files(folder: Path) -> list[Path]:
     """The picture files of a folder, by name; hidden ones are passed over."""
-    suffixes = tuple(s for group in FORMATS.values() for s in group)
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(suffixes) and not p.name.startswith("."))
+    return sorted(p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir())
+
+
+def passed_over(settings: Settings) -> str:
+    """A sentence that counts and names what the pictures' folder holds beside pictures and captions, or nothing."""
+    if not settings.instance_data_dir:
+        return ""
+    folder = Path(settings.instance_data_dir)
+    names = [f"{p.name}/" if p.is_dir() else p.name for p in sorted(_visible(folder))]
+    names = [name for name in names if not name.lower().endswith((*SUFFIXES, ".txt", ".jsonl", ".csv"))]
+    said = ", ".join([*names[:8], *["..."] * (len(names) > 8)])
+    used = f"Used are the folder's own files {', '.join(SUFFIXES)}."
+    return f"Passed over in {folder}: {len(names)} ({said}). {used}" if names else ""
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if not p.name.startswith(".")]
 
 
 def instance_rows(settings: Settings) -> list[Row]:
-    """The pictures of the subject, opened, each with its caption; `repeats` times.
+    """The pictures of the subject, opened and scaled, each with its caption; `repeats` times.
 
     Raises:
         DreamBoothError: an empty folder, an unreadable picture, or captions that do not match the pictures.
@@ -78,7 +74,9 @@ def instance_rows(settings: Settings) -> list[Row]:
     pairs = _folder_pairs(folder, settings) if folder.is_dir() else _dataset_pairs(settings)
     if not pairs:
         raise DreamBoothError(f"{named} holds no picture ({', '.join(FORMATS)}): put the subject's pictures there.")
-    rows = [Row(Row(source, "").open(), caption or settings.instance_prompt) for source, caption in pairs]
+    rows = [
+        Row(Row(source, "").open(settings.resolution), caption or settings.instance_prompt) for source, caption in pairs
+    ]
     return [row for row in rows for _ in range(settings.repeats)]
 
 
@@ -88,12 +86,12 @@ def _folder_pairs(folder: Path, settings: Settings) -> list[tuple[Path, str]]:
         captions = _table(folder, settings.caption_column)
         source = "the caption table"
     else:
-        texts = [p for p in folder.glob("*.txt") if not p.name.startswith(".")]
+        texts = [p for p in _visible(folder) if p.suffix == ".txt"]
         captions = {}
         for text in texts:
             owner = next((f.name for f in files if f.stem == text.stem), text.name)
             try:
-                captions[owner] = text.read_text(encoding="utf-8").strip()
+                captions[owner] = text.read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise DreamBoothError(f"The caption file {text} cannot be read: save it as text in UTF-8.") from error
         source = "a .txt file"
@@ -113,14 +111,24 @@ def _table(folder: Path, column: str) -> dict[str, str]:
         if not path.exists():
             continue
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
-            return {str(row["file_name"]): str(row[column] or "").strip() for row in rows}
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                lines = (line for line in file if line.strip())
+                rows = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
+            captions = {str(row["file_name"]): row[column] for row in rows}
         except KeyError as error:
             raise DreamBoothError(f"{path} has no column {error}: name one of its columns.") from error
-        except (ValueError, TypeError) as error:
+        except OSError as error:
+            raise DreamBoothError(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, TypeError, RecursionError, csv.Error) as error:
             raise DreamBoothError(f"{path} cannot be read: one JSON object a line is wanted ({error}).") from error
+        return {name: _caption(caption, f"{name} in {path}") for name, caption in captions.items()}
     raise DreamBoothError(f"--caption_column needs a metadata.jsonl or metadata.csv in {folder}, and there is none.")
+
+
+def _caption(value: object, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise DreamBoothError(f"The caption of {name} is {str(value)[:40]!r}, not one text: give one text a picture.")
+    return (value or "").strip()
 
 
 def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
@@ -129,26 +137,27 @@ def _dataset_pairs(settings: Settings) -> list[tuple[Image.Image, str]]:
 
     name = settings.dataset_name
     try:
-        loaded = load_dataset(name, settings.dataset_config_name, cache_dir=settings.cache_dir)["train"]
+        with hub.guarded():
+            loaded = load_dataset(name, settings.dataset_config_name, cache_dir=settings.cache_dir)["train"]
     except Exception as error:
-        raise DreamBoothError(
-            f"The data set {name} cannot be loaded ({type(error).__name__}): check its name and the network."
-        ) from error
+        why = f"The data set {name} cannot be loaded ({type(error).__name__}): check its name and the network."
+        raise DreamBoothError(hub.explain(error, f"The data set {name}", f"datasets/{name}") or why) from error
     for column in filter(None, (settings.image_column, settings.caption_column)):
         if column not in loaded.column_names:
             raise DreamBoothError(f"{name} has no column {column}: it has {', '.join(loaded.column_names)}.")
     captions = loaded[settings.caption_column] if settings.caption_column else [""] * len(loaded)
-    try:  # as files, so that a picture is opened here, with the limits above
-        files = list(loaded.cast_column(settings.image_column, Undecoded(decode=False))[settings.image_column])
+    column = settings.image_column
+    try:  # as files, so that a picture is opened here, with the limits of all pictures
+        files = list(loaded.cast_column(column, Undecoded(decode=False))[column])
     except Exception as error:
         raise DreamBoothError(
-            f"The column {settings.image_column} of {name} holds no pictures: give another --image_column."
+            f"The column {column} of {name} holds no pictures: give another --image_column."
         ) from error
     pairs = []
     for n, (file, caption) in enumerate(zip(files, captions, strict=True)):
         file = file or {}  # an empty row
-        source = io.BytesIO(file["bytes"]) if file.get("bytes") else file.get("path")
-        pairs.append((open_picture(source, f"{n} of {name}"), caption or ""))
+        source = file.get("bytes") or file.get("path") or b""
+        pairs.append((read(source, settings.resolution, f"{n} of {name}"), _caption(caption, f"{n} of {name}")))
     return pairs
 
 
@@ -156,7 +165,7 @@ def class_rows(settings: Settings) -> list[Row]:
     """The class pictures of prior preservation, `num_class_images` at most; opened once to see that they can be."""
     files = picture_files(Path(settings.class_data_dir))[: settings.num_class_images]
     for file in files:
-        open_picture(file)
+        read(file, settings.resolution)
     return [Row(file, settings.class_prompt) for file in files]
 
 
@@ -167,11 +176,8 @@ def generator(seed: int, what: str, n: int) -> torch.Generator:
 
 
 def to_pixels(image: Image.Image, settings: Settings, rng: torch.Generator) -> torch.Tensor:
-    """A picture as (3, resolution, resolution) in -1..1: its shorter edge scaled, then cropped, perhaps mirrored."""
-    side = settings.resolution
-    scale = side / min(image.size)
-    size = max(side, round(image.width * scale)), max(side, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.BILINEAR)
+    """A picture of `read` as (3, resolution, resolution) in -1..1: cropped, perhaps mirrored."""
+    side, size = settings.resolution, image.size
     room = size[0] - side, size[1] - side
     if settings.center_crop:
         left, top = room[0] // 2, room[1] // 2
@@ -199,16 +205,26 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return max(len(rows) for rows in self.groups)
 
+    def fixed(self) -> bool:
+        """Whether each epoch shows the same pixels: no picture is cropped or mirrored at random."""
+        side = self.settings.resolution
+        whole = (row.open(side).size == (side, side) for rows in self.groups for row in rows)
+        return not self.settings.random_flip and (self.settings.center_crop or all(whole))
+
     @torch.no_grad()
     def cache(self, vae) -> None:
         """Encode every row once; what is kept stands at its row's own index."""
-        self.cached = []
+        self.cached, once, fixed = [], {}, self.fixed()
         for g, rows in enumerate(self.groups):
             encoded = []
             for i, row in enumerate(rows):
-                pixels = to_pixels(row.open(), self.settings, generator(self.seed, f"cached crop {g}", i))
-                found = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-                encoded.append((found.mean[0].cpu(), found.std[0].cpu()))
+                key = id(row) if fixed else (g, i)  # a picture that counts several times is one row several times
+                if key not in once:
+                    image = row.open(self.settings.resolution)
+                    pixels = to_pixels(image, self.settings, generator(self.seed, f"cached crop {g}", i))
+                    found = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+                    once[key] = found.mean[0].cpu(), found.std[0].cpu()
+                encoded.append(once[key])
             self.cached.append(encoded)
 
     def row(self, g: int, n: int) -> int:
@@ -226,7 +242,7 @@ class Samples(torch.utils.data.Dataset):
                 s.weighting_scheme, 1, s.logit_mean, s.logit_std, s.mode_scale, generator=rng
             )
             if self.cached is None:
-                part["pixels"] = to_pixels(rows[i].open(), s, generator(self.seed, f"crop {g}", n))
+                part["pixels"] = to_pixels(rows[i].open(s.resolution), s, generator(self.seed, f"crop {g}", n))
             else:
                 part["mean"], part["std"] = self.cached[g][i]
             parts.append(part)

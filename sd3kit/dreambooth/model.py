@@ -3,8 +3,11 @@
 import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, inject_adapter_in_model
+from peft.import_utils import is_torchao_available
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..loading import hub, names, parts, pipeline
 from .settings import DreamBoothError, Settings
@@ -24,19 +27,54 @@ class Denoiser(torch.nn.Module):
         if text is not None:
             self.text_encoder, self.text_encoder_2 = text.text_encoder, text.text_encoder_2
 
-    def forward(self, x, timesteps, captions, length):
-        """The velocity (B, C, h, w) at x; `captions` are texts, or embeddings and pooled ones that were cached."""
+    def forward(self, x, timesteps, embeds, pooled, captions):
+        """The velocity (B, C, h, w) at x; where the CLIPs learn, their part of the embeddings is made anew."""
         if self.text is not None:
-            captions = encode(self.text, captions, length)
-        return self.transformer(x, *captions, timesteps, return_dict=False)[0]
+            embeds, pooled = encode_clips(self.text, captions, embeds)
+        return self.transformer(x, embeds, pooled, timesteps, return_dict=False)[0]
 
 
-def encode(text: StableDiffusion3Pipeline, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(text: StableDiffusion3Pipeline, prompts: list[str], length: int, device=None):
     """Embeddings (B, 77 + length, D) and pooled ones (B, P), as diffusers' pipeline makes them."""
     embeds, _, pooled, _ = text.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length, device=device
     )
     return embeds, pooled
+
+
+def encode_clips(text: StableDiffusion3Pipeline, prompts: list[str], embeds: torch.Tensor):
+    """The same with the CLIPs as they are now; the T5's part is that of the `embeds` that were made before."""
+    (first, pooled), (second, pooled_2) = (text._get_clip_prompt_embeds(prompts, clip_model_index=n) for n in (0, 1))
+    clips = torch.cat([first, second], -1)
+    clips = torch.nn.functional.pad(clips, (0, embeds.shape[-1] - clips.shape[-1]))
+    return torch.cat([clips, embeds[:, clips.shape[1] :]], 1), torch.cat([pooled, pooled_2], -1)
+
+
+@torch.no_grad()
+def encode_all(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, prompts) -> dict[str, list]:
+    """Each prompt's embeddings and pooled ones, on the CPU.
+
+    On a GPU the encoders stay in the host's memory and come over layer by layer: the T5 alone is larger than SD3
+    Medium's transformer, and would decide the peak of a LoRA's training.
+    """
+    cuda = accelerator.device.type == "cuda"
+    text = load(settings, accelerator, dtype, transformer=None, vae=None, **({"device": "cpu"} if cuda else {}))
+    if cuda:
+        stream(text, accelerator.device)
+    found, prompts = {}, sorted(prompts)
+    for start in range(0, len(prompts), 16):
+        some = prompts[start : start + 16]
+        made = encode(text, some, settings.max_sequence_length, accelerator.device)
+        for n, prompt in enumerate(some):
+            found[prompt] = [t[n : n + 1].cpu().pin_memory() if cuda else t[n : n + 1].clone() for t in made]
+    return found
+
+
+def stream(text: StableDiffusion3Pipeline, device: torch.device) -> None:
+    """Let the encoders' layers come to the device one by one, when each is used."""
+    for encoder in (text.text_encoder, text.text_encoder_2, text.text_encoder_3):
+        if encoder is not None:
+            apply_group_offloading(encoder, device, torch.device("cpu"), offload_type="leaf_level")
 
 
 def lora_targets(settings: Settings, transformer: torch.nn.Module) -> list[str]:
@@ -59,6 +97,10 @@ def lora_targets(settings: Settings, transformer: torch.nn.Module) -> list[str]:
 
 def check_transformer(settings: Settings) -> None:
     """Read the transformer's configuration and refuse what does not fit it, before its weights are loaded."""
+    try:
+        is_torchao_available()  # peft asks when it makes a LoRA, after minutes
+    except ImportError as error:
+        raise DreamBoothError(f"{error}: pip install -U torchao, or pip uninstall torchao.") from error
     name = settings.pretrained_model_name_or_path
     source = names.resolve(name)
     path = hub.file(name, source, "transformer/config.json", revision=settings.revision)
@@ -74,38 +116,26 @@ def check_transformer(settings: Settings) -> None:
         raise DreamBoothError(f"--resolution may be {most} at most for {name}, not {settings.resolution}.")
 
 
-def load_text(settings: Settings, accelerator: Accelerator, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    return load(settings, accelerator, dtype, transformer=None, vae=None)
-
-
-def load(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **parts) -> StableDiffusion3Pipeline:
-    s = settings
+def load(settings: Settings, accelerator: Accelerator, dtype: torch.dtype, **more) -> StableDiffusion3Pipeline:
+    s, more = settings, {"device": str(accelerator.device)} | more
     return pipeline.load(
-        s.pretrained_model_name_or_path, device=str(accelerator.device), dtype=dtype, quiet=True,
-        revision=s.revision, variant=s.variant, **parts,
-    )  # fmt: skip
+        s.pretrained_model_name_or_path, dtype=dtype, quiet=True, revision=s.revision, variant=s.variant, **more
+    )
 
 
-def quantized(settings: Settings, dtype: torch.dtype) -> dict[str, SD3Transformer2DModel]:
-    """The transformer in NF4 where that is asked for, as an argument of `load` in place of its own."""
+def quantized(settings: Settings, dtype: torch.dtype) -> dict:
+    """What `load` takes so that the transformer is in NF4, where that is asked for."""
     if settings.base_quantization is None:
         return {}
-    from diffusers import BitsAndBytesConfig
+    from diffusers.quantizers import PipelineQuantizationConfig
 
-    s = settings
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    transformer = SD3Transformer2DModel.from_pretrained(
-        names.resolve(s.pretrained_model_name_or_path), subfolder="transformer", revision=s.revision,
-        variant=s.variant, quantization_config=how, use_safetensors=True, **pipeline.dtype_argument(dtype),
-    )  # fmt: skip
-    return {"transformer": transformer}
+    how = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": PipelineQuantizationConfig("bitsandbytes_4bit", how, ["transformer"])}
 
 
 def make_trainable(settings: Settings, model: Denoiser) -> None:
     """Freeze everything, then let a LoRA (peft's, by diffusers' `add_adapter`) or the whole transformer learn."""
     model.requires_grad_(False)
-    if model.text is not None and model.text.text_encoder_3 is not None:
-        model.text.text_encoder_3.requires_grad_(False)  # the T5 is no part of the module
     if settings.full_finetuning:
         model.transformer.requires_grad_(True)
     else:
@@ -114,10 +144,11 @@ def make_trainable(settings: Settings, model: Denoiser) -> None:
         model.transformer.add_adapter(LoraConfig(**common, init_lora_weights="gaussian", target_modules=targets))
         for clip in clips(model):
             config = LoraConfig(**common, init_lora_weights="gaussian", target_modules=CLIP_ATTENTION)
-            inject_adapter_in_model(
-                config, clip
-            )  # transformers' own add_adapter may ask for a peft that is not out yet
+            inject_adapter_in_model(config, clip)  # transformers' add_adapter asks for a peft that is not out yet
     cast_training_params(model)  # what learns stays in float32, whatever the rest is in
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):  # autocast does it: peft's own would keep a copy of x for each of q, k, v
+            layer.cast_input_dtype_enabled = False
     if settings.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
         for clip in clips(model):
@@ -126,20 +157,6 @@ def make_trainable(settings: Settings, model: Denoiser) -> None:
 
 def clips(model: Denoiser) -> list[torch.nn.Module]:
     return [] if model.text is None else [model.text_encoder, model.text_encoder_2]
-
-
-def peft_note() -> str:
-    """Why this machine cannot load a text encoder's LoRA again, or nothing: transformers asks for a peft by version."""
-    from transformers.integrations.peft import MIN_PEFT_VERSION
-    from transformers.utils.peft_utils import check_peft_version
-
-    try:
-        check_peft_version(min_version=MIN_PEFT_VERSION)
-    except ValueError:
-        return (
-            f"Loading the text encoders' LoRA needs peft {MIN_PEFT_VERSION} with this transformers; training does not."
-        )
-    return ""
 
 
 def make_optimizer(settings: Settings, model: Denoiser, processes: int) -> torch.optim.Optimizer:
@@ -163,4 +180,5 @@ def make_optimizer(settings: Settings, model: Denoiser, processes: int) -> torch
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **common)
-    return torch.optim.AdamW(groups, **common)
+    # on a GPU one kernel for all, without the temporary copies of every weight that torch's default there makes
+    return torch.optim.AdamW(groups, **common, fused=groups[0]["params"][0].is_cuda or None)

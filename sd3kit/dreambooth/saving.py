@@ -1,11 +1,9 @@
-"""What a training writes: checkpoints, the result, losses, pictures. Checkpoint and result are whole or not there."""
+"""What a training writes: checkpoints, the result, pictures. Each is whole or not there."""
 
-import contextlib
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,34 +11,18 @@ from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import free_memory
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from . import hub
+from .. import files
+from . import reporting
+from .checks import checkpoint_step, checkpoints, is_checkpoint
 from .data import picture_files
-from .model import Denoiser, encode, load
-from .settings import PROGRESS, DreamBoothError, Settings, checkpoint_step, checkpoints, is_checkpoint
+from .model import Denoiser, encode_clips, load
+from .reporting import AGAIN, writing
+from .settings import PROGRESS, DreamBoothError, Settings
 
 TRAINED_FILE = "trained.safetensors"
-AGAIN = "lower --learning_rate, or use bf16 in place of fp16, and go on with --resume_from_checkpoint latest."
-
-
-@contextlib.contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn the many errors of a full or broken disk into one sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else (str(error) or type(error).__name__).splitlines()[0][:120]
-        advice = "make room" if full else "see that it can be"
-        raise DreamBoothError(
-            f"{what} could not be written to {folder} ({reason}): {advice} and go on with --resume_from_checkpoint "
-            "latest; what was saved before is whole."
-        ) from error
 
 
 def check_finite(accelerator: Accelerator, model: torch.nn.Module, step: int) -> None:
@@ -53,13 +35,8 @@ def check_finite(accelerator: Accelerator, model: torch.nn.Module, step: int) ->
 
 def progress(settings: Settings, accelerator: Accelerator, step: int, seed: int | None) -> dict[str, int | None]:
     """Where a training is, and what its samples follow from."""
-    return {
-        "step": step,
-        "seed": seed,
-        "train_batch_size": settings.train_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "num_processes": accelerator.num_processes,
-    }
+    own = {name: getattr(settings, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+    return {"step": step, "seed": seed, **own, "num_processes": accelerator.num_processes}
 
 
 def read_progress(settings: Settings, accelerator: Accelerator, checkpoint: Path) -> dict[str, int]:
@@ -197,12 +174,11 @@ def save_result(
 def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step: int, seed: int) -> list:
     """Draw the validation prompt with the model as it is, into the folder `validation` and the trackers."""
     plain = accelerator.unwrap_model(model)
-    length, device, home = settings.max_sequence_length, accelerator.device, vae.device
+    device, home, texts = accelerator.device, vae.device, (settings.validation_prompt, "")
+    pairs = [prompts[p] for p in texts]
     if plain.text is not None:
-        prompts = {p: encode(plain.text, [p], length) for p in (settings.validation_prompt, "")}
-    (embeds, pooled), (empty, empty_pooled) = (
-        [t.to(device, torch.float32) for t in prompts[p]] for p in (settings.validation_prompt, "")
-    )
+        pairs = [encode_clips(plain.text, [p], embeds.to(device)) for p, (embeds, _) in zip(texts, pairs, strict=True)]
+    (embeds, pooled), (empty, empty_pooled) = ([t.to(device, torch.float32) for t in pair] for pair in pairs)
     pipe = StableDiffusion3Pipeline(
         transformer=plain.transformer, vae=vae.to(device), scheduler=type(scheduler).from_config(scheduler.config),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
@@ -224,23 +200,34 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
     with writing("A validation picture", folder):
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(images):
-            image.save(folder / f"step-{step:06d}-{i}.png")
-    hub.track_images(accelerator, images, settings.validation_prompt, step)
+            write_picture(folder / f"step-{step:06d}-{i}.png", image)
+    reporting.track_images(accelerator, images, step)
     return images
+
+
+def write_picture(path: Path, image) -> None:
+    image.save(stored := BytesIO(), "PNG")
+    files.write_whole(path, stored.getvalue())
 
 
 @torch.no_grad()
 def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int) -> None:
     """Fill the folder of class pictures with the model's own, each process its share; those there are kept."""
     folder = Path(settings.class_data_dir)
-    with writing("The folder of class pictures", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    wanted = settings.num_class_images - len(picture_files(folder))
+    wanted = settings.num_class_images - len(picture_files(folder) if folder.is_dir() else [])
     free = (n for n in range(10**6) if not (folder / f"class-{n:05d}.png").exists())
     numbers = [next(free) for _ in range(max(0, wanted))]
     accelerator.wait_for_everyone()  # all have counted before one draws
     if not numbers:
         return
+    with files.lock(folder):
+        accelerator.wait_for_everyone()  # the folder is there
+        _draw(settings, accelerator, seed, numbers)
+    accelerator.wait_for_everyone()
+    free_memory()
+
+
+def _draw(settings: Settings, accelerator: Accelerator, seed: int, numbers: list[int]) -> None:
     half = torch.float32 if accelerator.device.type == "cpu" else torch.float16
     known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     pipe = load(settings, accelerator, known.get(settings.prior_generation_precision, half))
@@ -252,29 +239,5 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
             images = pipe(
                 [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length
             ).images
-            with writing("A class picture", folder):
-                for n, image in zip(part, images, strict=True):
-                    image.save(folder / f".class-{n:05d}.png")  # hidden until it is whole
-                    os.replace(folder / f".class-{n:05d}.png", folder / f"class-{n:05d}.png")
-    accelerator.wait_for_everyone()
-    del pipe
-    free_memory()
-
-
-class LossFile:
-    """`losses.jsonl`: a line an update (step, loss, lr). A resumed training drops the lines after its checkpoint."""
-
-    def __init__(self, path: Path, step: int):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DreamBoothError(f"The file {path} is damaged: move it away, and a new one is begun.") from error
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, loss: float, lr: float) -> None:
-        self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
-        self.file.flush()
+            for n, image in zip(part, images, strict=True):
+                write_picture(Path(settings.class_data_dir) / f"class-{n:05d}.png", image)

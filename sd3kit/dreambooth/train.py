@@ -6,11 +6,12 @@ Around it: options in `settings`, pictures and noise in `data`, what learns in `
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, free_memory
@@ -18,19 +19,12 @@ from diffusers.utils import is_bitsandbytes_version
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from . import hub, saving
-from .data import Samples, class_rows, collate, instance_rows
-from .model import (
-    Denoiser,
-    check_transformer,
-    encode,
-    load,
-    load_text,
-    make_optimizer,
-    make_trainable,
-    peft_note,
-    quantized,
-)
+from .. import files
+from ..loading.device import pick_device
+from . import reporting, saving
+from .checks import check
+from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
+from .model import Denoiser, check_transformer, encode_all, load, make_optimizer, make_trainable, quantized
 from .settings import DreamBoothError, Settings
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -67,32 +61,46 @@ def flow_matching_loss(
 
 
 @torch.no_grad()
-def latents(batch: dict, vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
+def latents(batch: dict, vae: AutoencoderKL) -> torch.Tensor:
     """A batch's x0 (B, C, h, w): drawn from the autoencoder's distribution, then shifted and scaled as SD3 wants it."""
-    if "pixels" in batch:
-        found = vae.encode(batch["pixels"].to(device)).latent_dist
-        mean, std = found.mean, found.std
-    else:
-        mean, std = batch["mean"].to(device), batch["std"].to(device)
+    found = vae.encode(batch["pixels"]).latent_dist if "pixels" in batch else types.SimpleNamespace(**batch)
     shift = vae.config.shift_factor or 0.0  # often forgotten: diffusers issues 8708, 8887
-    return (mean + std * batch["draw"].to(device) - shift) * vae.config.scaling_factor
+    return (found.mean + found.std * batch["draw"] - shift) * vae.config.scaling_factor
+
+
+def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler, prompts: dict) -> torch.Tensor:
+    """The loss (B,) of a batch of `data.collate`, by a `Denoiser`; `prompts` holds each caption's `encode`d tensors."""
+    device = next(model.parameters()).device
+    sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
+    batch = send_to_device(batch, device, non_blocking=True)
+    x0, noise, captions = latents(batch, vae), batch["noise"], batch["caption"]
+    x = (1 - sigma) * x0 + sigma * noise
+    embeds, pooled = (
+        torch.cat([t.to(device, non_blocking=True) for t in parts])
+        for parts in zip(*(prompts[c] for c in captions), strict=True)
+    )
+    velocity = model(x.to(embeds.dtype), timesteps, embeds, pooled, captions)
+    return flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    device = pick_device()
+    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and on_cpu:
         raise DreamBoothError("fp16 needs a GPU, and this training is on the CPU: use --mixed_precision no, or bf16.")
     if settings.use_8bit_adam and on_cpu and is_bitsandbytes_version("<", "0.50.0"):
         raise DreamBoothError("--use_8bit_adam on a CPU needs a newer package: pip install -U bitsandbytes.")
-    if precision == "bf16" and not on_cpu and torch.backends.mps.is_available():
+    if precision == "bf16" and not on_cpu and device == "mps":
         raise DreamBoothError("bf16 does not train on Apple's GPUs: use --mixed_precision fp16, or no.")
     out = Path(settings.output_dir)
     return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=hub.trackers(settings) or None,
+        log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / settings.logging_dir)),
     )
 
@@ -106,26 +114,31 @@ def train(settings: Settings) -> Path:
     Raises:
         DreamBoothError, LoadError: whatever stops it, in one sentence; what was saved before is kept.
     """
-    s = settings
-    s.check()
-    accelerator = make_accelerator(s)
-    main, device = accelerator.is_main_process, accelerator.device
-    if s.base_quantization and device.type == "cpu":
+    check(settings)
+    accelerator = make_accelerator(settings)
+    if settings.base_quantization and accelerator.device.type == "cpu":
         raise DreamBoothError("--base_quantization needs a GPU, and this training is on the CPU: leave it out.")
-    rows = instance_rows(s)
-    check_transformer(s)
+    rows = instance_rows(settings)
+    check_transformer(settings)
+    with files.lock(settings.output_dir):
+        check(settings)  # again: what another training wrote meanwhile
+        return _train(settings, accelerator, rows)
+
+
+def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
+    main, device = accelerator.is_main_process, accelerator.device
     out, resumed = Path(s.output_dir), saving.find_checkpoint(s)
     progress = saving.read_progress(s, accelerator, resumed) if resumed else {"step": 0}
     drawn = int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed
     seed = broadcast_object_list([progress.get("seed", drawn)])[0]
     if main:
+        if note := passed_over(s):
+            print(note, flush=True)
         if s.resume_from_checkpoint and not resumed:
             print(f"{out} holds no checkpoint yet, so the training starts from the beginning.", flush=True)
-        with saving.writing("The output folder", out):
-            out.mkdir(parents=True, exist_ok=True)
-            for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part")):
-                shutil.rmtree(left)
-        hub.create(s)
+        for left in (*out.glob(".checkpoint-*"), *out.glob(".result.part"), *out.glob(".sd3kit-*.part")):
+            left.unlink() if left.is_file() else shutil.rmtree(left)
+        repository = reporting.create(s)
     accelerator.wait_for_everyone()
     set_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = s.allow_tf32
@@ -136,41 +149,34 @@ def train(settings: Settings) -> Path:
         saving.draw_class_pictures(s, accelerator, seed)
         groups.append(class_rows(s))
     wanted = {row.caption for group in groups for row in group} | {s.validation_prompt or "", ""}
-    text, prompts = load_text(s, accelerator, dtype), {}
-    if not s.train_text_encoder:  # the captions are encoded once, and the encoders go
-        with torch.no_grad():
-            prompts = {p: [t.cpu() for t in encode(text, [p], s.max_sequence_length)] for p in sorted(wanted)}
-        text = None
-        free_memory()
+    prompts = encode_all(s, accelerator, dtype, wanted)  # once, and the encoders go
+    free_memory()
 
-    no_text = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
-    pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, **no_text, **quantized(s, dtype))
+    none = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
+    pipe = load(s, accelerator, torch.float32, transformer=None, **none)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     vae = pipe.vae.requires_grad_(False)
-    if dtype != torch.float32:
-        vae.to(torch.float32)
+    vae.enable_slicing()  # one picture at a time: at 1024 px one fills a GPU, and four take gigabytes
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last)
     side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     samples = Samples(groups, s, seed, (vae.config.latent_channels, side, side))
-    if s.cache_latents:
+    if s.cache_latents or samples.fixed():  # before the transformer comes: the peak is the larger of the two
         samples.cache(vae)
         vae.to("cpu")
+        free_memory()
 
-    if s.train_text_encoder and main and (note := peft_note()):
-        print(note, flush=True)
+    pipe = load(s, accelerator, torch.float32 if s.full_finetuning else dtype, vae=None, **none, **quantized(s, dtype))
+    text = None
+    if s.train_text_encoder:  # without the T5, which does not learn: what it said of the captions is kept
+        text = load(s, accelerator, dtype, transformer=None, vae=None, text_encoder_3=None, tokenizer_3=None)
     model = Denoiser(pipe.transformer, text)
     make_trainable(s, model)
     optimizer = make_optimizer(s, model, accelerator.num_processes)
     batch_of_all = s.train_batch_size * accelerator.num_processes
     per_epoch = -(-len(samples) // (batch_of_all * s.gradient_accumulation_steps))  # updates, rounded up
     steps = s.max_train_steps or s.num_train_epochs * per_epoch
-    lr_scheduler = get_scheduler(
-        s.lr_scheduler,
-        optimizer,
-        num_warmup_steps=s.lr_warmup_steps,
-        num_training_steps=steps,
-        num_cycles=s.lr_num_cycles,
-        power=s.lr_power,
-    )
+    lr_scheduler = get_scheduler(s.lr_scheduler, optimizer, None, s.lr_warmup_steps, steps, s.lr_num_cycles, s.lr_power)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
     sharded = accelerator.distributed_type in SHARDED
@@ -193,9 +199,8 @@ def train(settings: Settings) -> Path:
         for group, rate, shape in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * shape(lr_scheduler.last_epoch)
     accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
-    log = saving.LossFile(out / "losses.jsonl", step) if main else None
     if main:
-        (out / "settings.json").write_text(json.dumps(s.public(), indent=1), encoding="utf-8")
+        files.write_whole(out / "settings.json", json.dumps(s.public(), indent=1))
         went = f", going on from {resumed.name}" if resumed else ""
         learning = sum(p.numel() for p in accelerator.unwrap_model(model).parameters() if p.requires_grad)
         print(
@@ -207,31 +212,21 @@ def train(settings: Settings) -> Path:
     # each process takes its places of each forward pass; after a resume the count goes on where it was
     passes = range(step * s.gradient_accumulation_steps, steps * s.gradient_accumulation_steps)
     first = accelerator.process_index * s.train_batch_size
-    numbers = [k * batch_of_all + first + j for k in passes for j in range(s.train_batch_size)]
-    own = torch.Generator()  # a loader draws a number when it starts; from torch's own it would shift a resumed dropout
     loader = DataLoader(
         samples,
-        s.train_batch_size,
-        sampler=numbers,
+        batch_sampler=([k * batch_of_all + first + j for j in range(s.train_batch_size)] for k in passes),
         collate_fn=collate,
         num_workers=s.dataloader_num_workers,
-        generator=own,
+        pin_memory=device.type == "cuda",  # a copy from other memory waits until the device has done all before it
+        generator=torch.Generator(),  # a loader draws a number; from torch's own it would shift a resumed dropout
     )
     model.train()
     total = torch.zeros((), device=device)
     with tqdm(total=steps, initial=step, unit="step", disable=not accelerator.is_local_main_process) as bar:
+        losses = reporting.Losses(accelerator, out / "losses.jsonl", step, bar)
         for batch in loader:
             with accelerator.accumulate(model):
-                x0, noise = latents(batch, vae, device), batch["noise"].to(device)
-                sigma, timesteps = (t.to(device) for t in noise_levels(batch["u"].flatten(), scheduler))
-                x = (1 - sigma) * x0 + sigma * noise
-                captions = batch["caption"]
-                if not s.train_text_encoder:
-                    captions = [
-                        torch.cat(parts).to(device) for parts in zip(*(prompts[c] for c in captions), strict=True)
-                    ]
-                velocity = model(x.to(dtype), timesteps, captions, s.max_sequence_length)
-                each = flow_matching_loss(velocity, x0, noise, sigma, s.weighting_scheme, bool(s.precondition_outputs))
+                each = sample_losses(s, batch, model, vae, scheduler, prompts)
                 subject, *prior = each.chunk(len(groups))
                 loss = subject.mean() + s.prior_loss_weight * sum(part.mean() for part in prior)
                 accelerator.backward(loss)
@@ -245,26 +240,24 @@ def train(settings: Settings) -> Path:
             lr = optimizer.param_groups[0]["lr"]
             lr_scheduler.step()
             step += 1
-            mean_loss = accelerator.reduce(total, "mean").item()
-            total.zero_()
-            if not torch.isfinite(torch.tensor(mean_loss)):
-                raise DreamBoothError(f"The loss is {mean_loss} at step {step}: {saving.AGAIN}")
             bar.update()
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=lr)
-            accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
-            if log:
-                log.write(step, mean_loss, lr)
-            if step % s.checkpointing_steps == 0:
+            due = step % s.checkpointing_steps == 0
+            shows = draws and step < steps and step % (per_epoch * s.validation_epochs) == 0
+            losses.add(step, lr, accelerator.reduce(total, "mean"))
+            total.zero_()
+            if due or shows or step == steps:
+                losses.write()
+            if due:
                 saving.save_checkpoint(s, accelerator, model, step, seed)
-            if draws and step < steps and step % (per_epoch * s.validation_epochs) == 0:
+            if shows:
                 saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
 
     saving.save_result(s, accelerator, model, step, dtype)
     images = []
     if draws:
         images = saving.draw_validation(s, accelerator, model, vae, scheduler, prompts, step, seed)
-    if main:
-        hub.upload(s, images)
+    if main and repository:
+        reporting.upload(s, repository, images)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out
