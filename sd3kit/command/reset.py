@@ -1,6 +1,7 @@
 """`sd3kit reset`: a lesson as it was published, and the learner's own copy kept beside it."""
 
 import itertools
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 from .. import files
 from ..errors import UserError
 
-KEPT = "mine"  # the folder of the learner's copies, beside the lessons
+KEPT = "mine"  # the folder of the learner's copies, beside the lessons: those that `make lab` opens, and kept ones
 
 
 def reset(lesson: str, folder: Path) -> tuple[Path, Path]:
     """Put a lesson of a git checkout back; what it holds now is copied first, never overwritten.
 
+    Where there is a working copy in `mine`, which `make lab` opens, it is that which is put back, without outputs.
     The published one is that of the branch's upstream, as it was last fetched, since a learner may have committed
     answers; where there is no upstream, that of the last commit.
 
@@ -35,6 +37,8 @@ def reset(lesson: str, folder: Path) -> tuple[Path, Path]:
     published = _published(path, "@{upstream}") or _published(path, "HEAD")
     if published is None:
         raise UserError(f"{folder} is not a git checkout that holds {path.name}: download it again.")
+    if (working := folder / KEPT / path.name).exists():
+        path, published = working, _without_outputs(published)
     try:
         own = path.read_bytes()
     except OSError as error:
@@ -58,3 +62,12 @@ def _published(path: Path, revision: str) -> bytes | None:
         return subprocess.run(command, cwd=path.parent, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _without_outputs(notebook: bytes) -> bytes:
+    """A lesson as `make lab` gives it to a learner, who guesses before seeing."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -111,6 +111,21 @@ def test_reset_takes_the_upstreams_lesson_rather_than_committed_answers(tmp_path
     assert (tmp_path / "to" / "mine" / "03_flow-1.ipynb").read_text() == "answers"
 
 
+def test_reset_puts_the_working_copy_back_without_outputs(tmp_path):
+    cell = {"cell_type": "code", "source": "1 + 1", "outputs": ["2"], "execution_count": 1, "metadata": {}}
+    lesson, working = tmp_path / "03_flow.ipynb", tmp_path / "mine" / "03_flow.ipynb"
+    lesson.write_text(json.dumps({"cells": [cell]}))
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "it"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    working.parent.mkdir()
+    working.write_text("answers")
+    published = lesson.read_bytes()
+    assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 0
+    assert lesson.read_bytes() == published
+    assert json.loads(working.read_text())["cells"] == [cell | {"outputs": [], "execution_count": None}]
+    assert (working.parent / "03_flow-1.ipynb").read_text() == "answers"
+
+
 @pytest.mark.parametrize(
     ("lesson", "words"),
     [("07", "no one lesson '07'"), ("/07", "no one lesson '/07'"), ("03", "not a git checkout")],
