@@ -20,9 +20,9 @@ from .. import records
 from ..errors import UserError
 from ..loading import configs
 from ..loading.device import pick_device, pick_dtype
+from ..loading.hub import explain
 from ..loading.names import LoadError, resolve
 from ..loading.pipeline import load, undisturbed
-from ..loading.problems import explain
 from . import protocol
 from .account import GIB
 from .plan import ENCODERS
