@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnx import numpy_helper
 
@@ -177,6 +178,15 @@ def _export(path: Path, module, inputs, outputs, dynamic) -> None:
         )  # fmt: skip
 
 
+def _optimize(path: Path) -> None:
+    """Fuse and fold the graph here, so that a browser has nothing to do but load it (a second less for each visit)."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 def _part(path: Path, weights: Weights) -> dict[str, list[int]]:
     """Move the weights out of the graph; gives where each lies: [place in weights.f16, count]."""
     model, table = onnx.load(path), {}
@@ -184,13 +194,13 @@ def _part(path: Path, weights: Weights) -> dict[str, list[int]]:
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.raw_data) < LARGE:
             continue
         array = numpy_helper.to_array(tensor)
-        table[tensor.name] = [weights.add(array), array.size]
-        name, shape = tensor.name, list(tensor.dims)
+        name, shape, place = tensor.name, list(tensor.dims), f"w{len(table)}"
+        table[place] = [weights.add(array), array.size]
         tensor.Clear()
         tensor.name, tensor.data_type, tensor.data_location = name, onnx.TensorProto.FLOAT, onnx.TensorProto.EXTERNAL
         tensor.dims.extend(shape)
         # each weight is a file of its own to the runtime, so that the page gives it a view and no copy
-        for key, value in (("location", name), ("offset", "0"), ("length", str(array.size * 4))):
+        for key, value in (("location", place), ("offset", "0"), ("length", str(array.size * 4))):
             tensor.external_data.add(key=key, value=value)
     path.write_bytes(model.SerializeToString())
     return table
@@ -205,6 +215,7 @@ def export(folder: Path) -> None:
     for name, (module, *rest) in _graphs(pipe).items():
         path = folder / f"{name}.onnx"
         _export(path, module, *rest)
+        _optimize(path)
         tables[name] = _part(path, weights)
     np.concatenate(weights.values).tofile(folder / "weights.f16")
     for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
@@ -224,6 +235,8 @@ def export(folder: Path) -> None:
         "patch": pipe.transformer.config.patch_size,
         "scaling": pipe.vae.config.scaling_factor,
         "offset": pipe.vae.config.shift_factor or 0.0,
+        # What the page opens with. A model of few steps is another preset, with a LoRA over the same weights.
+        "preset": {"steps": 28, "guidance": 7.0},
         "shift": scheduler.config.shift,
         "sigma_max": scheduler.sigma_max,
         "sigma_min": scheduler.sigma_min,

@@ -38,7 +38,9 @@ export function widen(half) {
     const [sign, power, rest] = [i >> 15 ? -1 : 1, (i >> 10) & 31, i & 1023];
     table[i] = sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
   }
-  return Float32Array.from(half, (value) => table[value]);
+  const wide = new Float32Array(half.length);
+  for (let i = 0; i < half.length; i++) wide[i] = table[half[i]];
+  return wide;
 }
 
 async function load({ wanted, threads }) {
@@ -88,7 +90,11 @@ function session(graph, table, values) {
     path,
     data: new Uint8Array(values.buffer, place * 4, count * 4),
   }));
-  return ort.InferenceSession.create(graph, { executionProviders: [backend], externalData });
+  return ort.InferenceSession.create(graph, {
+    executionProviders: [backend],
+    externalData,
+    graphOptimizationLevel: 'disabled', // export.py has done it
+  });
 }
 
 // ---- drawing --------------------------------------------------------------------------------------------------------
