@@ -232,8 +232,9 @@ function show(name) {
     const [tab, on] = [$(`tab-${other}`), other === name];
     tab.setAttribute('aria-selected', String(on));
     tab.tabIndex = on ? 0 : -1;
-    $(`panel-${other}`).hidden = !on;
   }
+  $('panel').setAttribute('aria-labelledby', `tab-${name}`);
+  for (const part of document.querySelectorAll('[data-modes]')) part.hidden = !part.dataset.modes.split(' ').includes(name);
   refresh();
 }
 
@@ -301,7 +302,7 @@ async function draw() {
       tile.begun = true;
       const end = await ask({ kind: 'draw', settings: job.settings, ...given }, (step) => {
         if (mine !== turn) return;
-        paintOn(tile.canvas, step.rgba, step.side);
+        paintOn(tile.canvas, step.rgba, step.size);
         $('bar').value = (i + step.step / step.total) / jobs.length;
         const text = `step ${step.step} of ${step.total}, noise ${step.sigma.toFixed(2)}`;
         say(name(i) ? name(i) + text : text[0].toUpperCase() + text.slice(1));
@@ -404,7 +405,7 @@ function zoom() {
 // ---- under the hood -------------------------------------------------------------------------------------------------
 
 function emptyStrip() {
-  $('strip').replaceChildren(...Array.from({ length: FRAMES }, () => make('button', { type: 'button', disabled: true }, make('canvas'), '\u00a0')));
+  $('strip').replaceChildren(...Array.from({ length: FRAMES }, () => make('button', { type: 'button', disabled: true }, make('canvas'), '\u00a0', make('br'), '\u00a0')));
 }
 
 function underTheHood() {
@@ -428,7 +429,8 @@ function underTheHood() {
     $('words').append(button);
   }
   worker.postMessage({ kind: 'strip', id: hood.id, most: FRAMES });
-  look({ word: all.find((word) => word.toLowerCase() === subject) ?? all[0] });
+  const longest = all.reduce((a, b) => (b.length > a.length ? b : a), '');
+  look({ word: all.find((word) => word.toLowerCase() === subject) ?? longest });
 }
 
 function showStrip({ id, frames, size, total }) {
@@ -478,7 +480,7 @@ function showLooks({ id, word, step, side, map }) {
 
 function entry({ png, settings: drawn }) {
   const { prompt, seed } = drawn;
-  const image = make('img', { src: URL.createObjectURL(png), alt: `${prompt}; seed ${seed}`, loading: 'lazy' });
+  const image = make('img', { src: URL.createObjectURL(png), alt: `${prompt}; seed ${seed}` });
   const button = make('button', { type: 'button', title: `${prompt}; seed ${seed}` }, image);
   button.onclick = () => {
     turn++;

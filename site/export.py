@@ -26,6 +26,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import numpy_helper
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's sd3kit, not an installed one
 
@@ -35,6 +36,7 @@ from sd3kit.loading import NANO
 
 # The recipe's words, imported here and nowhere else in this folder.
 from sd3kit.nano import scenes
+from sd3kit.nano.judge import TEMPLATES, Judge
 
 OPSET = 20
 LARGE = 256  # bytes: a smaller constant stays in its graph
@@ -253,20 +255,28 @@ def export(folder: Path) -> None:
 
 @torch.no_grad()
 def preview(pipe) -> list[list[float]]:
-    """The linear map from a place's latents to its colour (0..1): a row for each channel, and one for the constant.
+    """A quick look without the decoder: a linear map from a place's latents to its 8 x 8 pixels (0..1).
 
-    Fitted by least squares as in `sd3kit.explore.latent_to_rgb`, on patches and on flat pictures.
+    A row for each channel and one for the constant; fitted by least squares on the judge's small pictures of the art, on
+    backgrounds of all colours.
     """
-    side, factor = pipe.transformer.config.sample_size, pipe.vae_scale_factor
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.rand(16, 3, 4, 4, generator=generator) * 2 - 1
-    patches[8:] = patches[8:, :, :1, :1]
-    pictures = torch.nn.functional.interpolate(patches, (side * factor, side * factor), mode="nearest")
+    side, factor = native_size(pipe), pipe.vae_scale_factor
+    sheet = Image.open(TEMPLATES).convert("RGBA")
+    stored = sheet.width // len(scenes.STYLES)
+    pictures, colours = [], list(scenes.COLOURS.values())
+    for row in range(0, sheet.height // stored, 2):
+        icon = sheet.crop(((row % 3) * stored, row * stored, (row % 3 + 1) * stored, (row + 1) * stored))
+        icon = icon.resize((side * 3 // 4,) * 2, Image.Resampling.BICUBIC)
+        canvas = Image.new("RGBA", (side, side), colours[row % len(colours)])
+        canvas.alpha_composite(icon, (side // 8, side // 8))
+        pictures.append(np.asarray(canvas.convert("RGB"), np.float32) / 255)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     config = pipe.vae.config
-    latents = (pipe.vae.encode(pictures).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor
+    latents = (pipe.vae.encode(pixels * 2 - 1).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor
     rows = torch.nn.functional.pad(latents.permute(0, 2, 3, 1), (0, 1), value=1.0).flatten(0, 2)
-    colours = torch.nn.functional.avg_pool2d(pictures, factor).permute(0, 2, 3, 1).flatten(0, 2) / 2 + 0.5
-    return [[round(v, 5) for v in row] for row in torch.linalg.lstsq(rows, colours).solution.tolist()]
+    blocks = pixels.unfold(2, factor, factor).unfold(3, factor, factor)  # N, 3, rows, columns, 8, 8
+    blocks = blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    return [[round(v, 4) for v in row] for row in torch.linalg.lstsq(rows, blocks).solution.tolist()]
 
 
 def letters(pipe) -> dict[str, str]:
@@ -303,8 +313,6 @@ def vocabulary(pipe) -> dict:
 
 def known_subjects() -> list:
     """The subjects that these weights were trained on: those that the judge has templates of."""
-    from sd3kit.nano.judge import Judge
-
     return list(Judge().subjects)
 
 

@@ -164,7 +164,7 @@ async function draw({ id, settings, picture, mask }) {
   const each = async ({ step, next, expected, latents: now }) => {
     record.expected.push(expected);
     const rgba = look(expected, side);
-    tell({ kind: 'step', id, step: step + 1, total: levels.length - 1, sigma: next, side, rgba }, [rgba.buffer]);
+    tell({ kind: 'step', id, step: step + 1, total: levels.length - 1, sigma: next, size, rgba }, [rgba.buffer]);
     await breathe();
     if (stopped) throw new Stopped();
     if (!anew) return now;
@@ -193,15 +193,22 @@ function layersMean({ data, dims }, row) {
   return mean;
 }
 
-/** Latents as a small picture, without the decoder: a colour is linear in a place's channels. */
+/** Latents as a picture, without the decoder: a place's 8 x 8 pixels are linear in its channels, nearly. */
 function look(latents, side) {
-  const rgba = new Uint8ClampedArray(side * side * 4).fill(255);
-  const { preview, channels } = about;
+  const { preview, channels, factor } = about;
+  const [size, block] = [side * factor, factor * factor];
+  const rgba = new Uint8ClampedArray(size * size * 4).fill(255);
+  const values = new Float32Array(3 * block);
   for (let place = 0; place < side * side; place++) {
-    for (let colour = 0; colour < 3; colour++) {
-      let value = preview[channels][colour];
-      for (let c = 0; c < channels; c++) value += latents[c * side * side + place] * preview[c][colour];
-      rgba[place * 4 + colour] = value * 255;
+    values.set(preview[channels]);
+    for (let c = 0; c < channels; c++) {
+      const latent = latents[c * side * side + place];
+      for (let i = 0; i < values.length; i++) values[i] += latent * preview[c][i];
+    }
+    const corner = Math.floor(place / side) * factor * size + (place % side) * factor;
+    for (let i = 0; i < values.length; i++) {
+      const pixel = corner + Math.floor((i % block) / factor) * size + (i % factor);
+      rgba[pixel * 4 + Math.floor(i / block)] = values[i] * 255;
     }
   }
   return rgba;
