@@ -143,12 +143,13 @@ const count = () => Number(document.querySelector('[name="count"]:checked').valu
 
 function fromLink() {
   const link = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  if (!['text', 'change', 'compare'].includes(link.mode)) delete link.mode;
+  if (!['text', 'compare'].includes(link.mode)) delete link.mode;
   return { prompt: FIRST, ...link };
 }
 
 function toLink() {
-  const link = { ...settings(), count: count(), mode };
+  // a link cannot hold the picture that is changed
+  const link = { ...settings(), count: count(), mode: mode === 'change' ? 'text' : mode };
   if (mode === 'compare') Object.assign(link, { other: $('other').value, 'other-value': $('other-value').value });
   if (!link.negative_prompt) delete link.negative_prompt;
   return `${location.href.split('#')[0]}#${new URLSearchParams(link)}`;
@@ -405,7 +406,8 @@ function zoom() {
 // ---- under the hood -------------------------------------------------------------------------------------------------
 
 function emptyStrip() {
-  $('strip').replaceChildren(...Array.from({ length: FRAMES }, () => make('button', { type: 'button', disabled: true }, make('canvas'), '\u00a0', make('br'), '\u00a0')));
+  const blank = () => make('div', {}, make('canvas'), '\u00a0', make('br'), '\u00a0');
+  $('strip').replaceChildren(...Array.from({ length: FRAMES }, blank));
 }
 
 function underTheHood() {

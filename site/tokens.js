@@ -62,7 +62,8 @@ export class Tokens {
       tokens.slice(0, most).forEach((token, place) => {
         const text = token.replace(/^<\|?.*\|?>$|^<\/s>$|<\/w>$|▁/g, '');
         const size = [...text].length;
-        if (size && at < end && at + size > start) places.push(offset + place);
+        // a mark of a new word that stands alone belongs to the word after it
+        if ((size || token === '▁') && at < end && at + Math.max(size, 1) > start) places.push(offset + place);
         at += size;
       });
     }
