@@ -93,6 +93,8 @@ def build(folder: Path = DIST) -> Path:
     fetch(folder / "vendor")
     for name in PAGE:
         shutil.copyfile(HERE / name, folder / name)
+    for name in ("LICENSE", "THIRD_PARTY_NOTICES.md"):
+        shutil.copyfile(HERE.parent / name, folder / f"{Path(name).stem}.txt")
     mark, state = folder / "model" / "made.txt", _state()
     if not mark.exists() or mark.read_text() != state:
         print("Exporting nano to ONNX: about half a minute.", file=sys.stderr, flush=True)

@@ -467,12 +467,12 @@ def test_nothing_serious_in_the_accessibility_scan(site, width, scheme):
 def test_the_gallery_survives_a_reload(site):
     before = site.locator("#gallery img").count()
     newest = site.locator("#gallery img").first.get_attribute("alt")
-    assert before >= 3
+    assert before
     site.reload()
     site.wait_for_function("n => document.querySelectorAll('#gallery img').length >= n", arg=before)
     assert newest in [image.get_attribute("alt") for image in site.locator("#gallery img").all()][:2]
     drawn(site)
-    site.locator("#gallery button").last.click()
+    site.locator("#gallery button").last.click()  # the first that was drawn
     assert site.input_value("#prompt") == "a fox on a red background, flat"
     assert site.locator("#stage img").get_attribute("alt") == "a fox on a red background, flat; seed 5"
 
