@@ -124,33 +124,35 @@ class Decoder(torch.nn.Module):
 
 def _graphs(pipe) -> dict[str, tuple]:
     """For each graph: the module, example inputs by name, names of outputs, and which sides may vary."""
-    channels, side = pipe.transformer.config.in_channels, pipe.transformer.config.sample_size
-    width, pooled = pipe.transformer.config.joint_attention_dim, pipe.transformer.config.pooled_projection_dim
-    ids = torch.ones(2, 77, dtype=torch.int64)
-    latents, picture = torch.zeros(2, channels, side, side), torch.zeros(1, 3, side * 8, side * 8)
-    batch, high, wide = "batch", "height", "width"
+    config = pipe.transformer.config
+    batch, area = {0: "batch"}, {2: "height", 3: "width"}
+    ids, t5 = torch.ones(2, 77, dtype=torch.int64), torch.ones(2, 40, dtype=torch.int64)
+    latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)
+    picture = torch.zeros(1, 3, native_size(pipe), native_size(pipe))
+    reads = {
+        "latents": latents,
+        "timestep": torch.zeros(2),
+        "text": torch.zeros(2, 117, config.joint_attention_dim),
+        "pooled": torch.zeros(2, config.pooled_projection_dim),
+    }
+    vary = {
+        "latents": batch | area,
+        "timestep": batch,
+        "text": batch | {1: "tokens"},
+        "pooled": batch,
+        "velocity": batch | area,
+        "looks": batch | {2: "places", 3: "tokens"},
+    }
     return {
         "text": (
             Text(pipe),
-            {"clip": ids, "clip_2": ids, "t5": torch.ones(2, 40, dtype=torch.int64)},
+            {"clip": ids, "clip_2": ids, "t5": t5},
             ["text", "pooled"],
-            {"clip": {0: batch}, "clip_2": {0: batch}, "t5": {0: batch, 1: "length"}},
+            {"clip": batch, "clip_2": batch, "t5": batch | {1: "length"}},
         ),
-        "transformer": (
-            Transformer(pipe),
-            {
-                "latents": latents, "timestep": torch.zeros(2), "text": torch.zeros(2, 117, width),
-                "pooled": torch.zeros(2, pooled),
-            },  # fmt: skip
-            ["velocity", "looks"],
-            {"velocity": {0: batch, 2: high, 3: wide}, "looks": {0: batch, 2: "places", 3: "tokens"},
-
-             "latents": {0: batch, 2: high, 3: wide}, "timestep": {0: batch}, "text": {0: batch, 1: "tokens"},
-                "pooled": {0: batch},
-            },  # fmt: skip
-        ),
-        "encoder": (Encoder(pipe), {"picture": picture}, ["mean", "deviation"], {"picture": {2: high, 3: wide}}),
-        "decoder": (Decoder(pipe), {"latents": latents[:1]}, ["picture"], {"latents": {2: high, 3: wide}}),
+        "transformer": (Transformer(pipe), reads, ["velocity", "looks"], vary),
+        "encoder": (Encoder(pipe), {"picture": picture}, ["mean", "deviation"], {"picture": area}),
+        "decoder": (Decoder(pipe), {"latents": latents[:1]}, ["picture"], {"latents": area}),
     }
 
 
@@ -257,8 +259,8 @@ def export(folder: Path) -> None:
 def preview(pipe) -> list[list[float]]:
     """A quick look without the decoder: a linear map from a place's latents to its 8 x 8 pixels (0..1).
 
-    A row for each channel and one for the constant; fitted by least squares on the judge's small pictures of the art, on
-    backgrounds of all colours.
+    A row for each channel and one for the constant; fitted by least squares on the judge's small pictures of the art,
+    on backgrounds of all colours.
     """
     side, factor = native_size(pipe), pipe.vae_scale_factor
     sheet = Image.open(TEMPLATES).convert("RGBA")
@@ -303,7 +305,7 @@ def vocabulary(pipe) -> dict:
         "subjects": [subject.name for subject in subjects],
         "synonyms": {n: s.name for s in subjects for n in s.names[1:]},
         "styles": list(scenes.STYLES),
-        "colours": {name: "#%02x%02x%02x" % rgb for name, rgb in scenes.COLOURS.items()},
+        "colours": {name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in scenes.COLOURS.items()},
         "signs": list(dict.fromkeys(scenes.WORDS)),
         "counts": list(scenes.COUNTS.values()),
         "longest": scenes.LONGEST,
