@@ -31,15 +31,20 @@ const plain = (number) => String(Number(number));
 
 // ---- the worker -----------------------------------------------------------------------------------------------------
 
+let backend = null;
+
+/** A new worker; what was being drawn is drawn again. */
 function start(wanted) {
   worker?.terminate();
   ready = false;
+  turn++;
   for (const { reject } of waiting.values()) reject(new Error('Started anew.'));
   waiting.clear();
   worker = new Worker(new URL('worker.js', import.meta.url), { type: 'module' });
   worker.onmessage = ({ data }) => hear(data, wanted);
   worker.onerror = () => say('This browser cannot run nano: it needs WebAssembly and module workers.', 'error');
   worker.postMessage({ kind: 'load', wanted });
+  if (about) draw();
 }
 
 function hear(data, wanted) {
@@ -50,14 +55,18 @@ function hear(data, wanted) {
       $('bar').value = data.loaded / data.total;
       say(`Loading nano: ${(data.loaded / 1e6).toFixed(0)} of ${(data.total / 1e6).toFixed(0)} MB.`);
     }
-  } else if (data.kind === 'ready') {
+  } else if (data.kind === 'starting') say('Starting.');
+  else if (data.kind === 'ready') {
     ready = true;
+    backend = data.backend;
     const where = data.backend === 'webgpu' ? 'your graphics processor' : `your processor, ${data.threads === 1 ? 'one thread' : `${data.threads} threads`}`;
     $('machine').textContent = `It runs on ${where}.`;
     document.documentElement.dataset.ready = data.seconds.toFixed(2);
     if (!busy) say('Ready.');
   } else if (data.kind === 'error') {
-    if (data.during === 'load' && wanted !== 'wasm' && navigator.gpu) start('wasm');
+    // a graphics processor that fails is no reason not to draw
+    const graphics = backend === 'webgpu' || (data.during === 'load' && navigator.gpu);
+    if (graphics && wanted === 'auto') start('wasm');
     else if (asked) asked.reject(new Error(data.message));
     else say(data.message, 'error');
   } else if (data.kind === 'step') asked?.step?.(data);
@@ -110,6 +119,8 @@ function wrong({ prompt, seed, ...others }) {
   if (!prompt) return 'The prompt is empty: say what to draw, such as “a fox on a blue background, 3d”.';
   if (!Number.isInteger(seed) || seed < 0 || seed > LARGEST_SEED || $('seed').value === '')
     return `The seed must be a whole number from 0 to ${LARGEST_SEED}.`;
+  const [smallest, largest] = about.sizes;
+  if (!(others.size >= smallest && others.size <= largest)) return `Size must be a multiple of 16 from ${smallest} to ${largest}: choose one under More.`;
   const limits = { steps: [1, 1000], guidance: [1, 20], shift: [0.1, 100] };
   for (const [name, [low, high]] of Object.entries(limits)) {
     const value = others[name];
@@ -130,9 +141,10 @@ function put(given) {
     // a slider would cut off what lies beyond its end
     if (control.type === 'range' && Number(value) > Number(control.max)) control.max = value;
     if (control.type === 'range' && Number(value) < Number(control.min)) control.min = value;
-    if (control.type === 'range') control.step = 'any';
+    // nor should it round to its own steps
+    const step = Number(control.dataset.step);
+    if (control.type === 'range') control.step = Number.isInteger(Number(value) / step) ? step : 'any';
     control.value = value;
-    if (control.type === 'range') control.step = control.getAttribute('data-step') ?? control.step;
   }
   if (given.count) document.querySelector(`[name="count"][value="${given.count === '4' ? 4 : 1}"]`).checked = true;
   if (given.mode) show(given.mode);
@@ -288,7 +300,7 @@ async function draw() {
   const fault = jobs.map((job) => wrong(job.settings)).find(Boolean);
   if (fault) return say(fault, 'error');
   if (mode === 'change' && !paint.picture) return say('There is no picture to change: choose one, or take the drawn one.', 'error');
-  if (busy) worker.postMessage({ kind: 'stop' });
+  if (busy) worker.postMessage({ kind: 'stop', id: ids });
   working(true);
   history.replaceState(null, '', toLink());
   lay(jobs);
@@ -332,7 +344,7 @@ async function draw() {
 
 function stop() {
   turn++;
-  worker.postMessage({ kind: 'stop' });
+  worker.postMessage({ kind: 'stop', id: ids });
   working(false);
   $('bar').value = 0;
   say('Stopped.');

@@ -291,16 +291,17 @@ def letters(pipe) -> dict[str, str]:
 def vocabulary(pipe) -> dict:
     """What the page offers as chips, and every word that nano knows."""
     subjects = known_subjects()
-    rng, words = random.Random(0), set()
+    rng, words = random.Random(0), {"the"}
     for subject in subjects:
         for name in subject.names:
-            words.update(name.split())
-            words.update(scenes._plural(name).split())
+            words.update(name.split(), scenes._plural(name).split())
+    words.update(word for names in scenes.STYLES.values() for name in names for word in name.split())
     for kind in ("single", "sign", "pair", "count"):
         for _ in range(400):
             scene = scenes.random_scene(rng, subjects, kind, spell=0)
-            words.update(re.findall(r"\w+", scenes.caption(scene, rng).lower()))
-    words.update(name for names in scenes.STYLES.values() for name in " ".join(names).split())
+            # what stands on a sign is spelled and need not be known
+            told = set(re.findall(r"\w+", scenes.caption(scene, rng).lower()))
+            words.update(told - set(scene.text.split()))
     return {
         "subjects": [subject.name for subject in subjects],
         "synonyms": {n: s.name for s in subjects for n in s.names[1:]},
@@ -309,7 +310,7 @@ def vocabulary(pipe) -> dict:
         "signs": list(dict.fromkeys(scenes.WORDS)),
         "counts": list(scenes.COUNTS.values()),
         "longest": scenes.LONGEST,
-        "known": sorted(words | set(scenes.WORDS) | {"the"}),
+        "known": sorted(words),
     }
 
 

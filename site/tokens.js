@@ -35,7 +35,7 @@ export class Tokens {
    * read; nano.json has the letters that it changes. A letter with accents of its own is looked up as a whole.
    */
   small(prompt) {
-    const clusters = [...new Intl.Segmenter().segment(prompt)].map(({ segment }) => segment);
+    const clusters = Array.from(new Intl.Segmenter().segment(prompt), ({ segment }) => segment);
     const one = (letter) => this.letters.get(letter) ?? letter;
     return clusters
       .map((cluster) => {

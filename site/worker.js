@@ -8,7 +8,7 @@ const KEPT = 16; // pictures whose steps are kept for the view under the hood, a
 const tell = (message, transfer = []) => self.postMessage(message, transfer);
 
 let about, tokens, ort, sessions, backend;
-let stopped = false;
+let halted = 0; // drawings up to this id are not wanted any more
 const records = new Map(); // id -> what the view under the hood needs
 
 // ---- loading --------------------------------------------------------------------------------------------------------
@@ -48,7 +48,9 @@ async function load({ wanted, threads }) {
   about = JSON.parse(new TextDecoder().decode(await bytes('model/nano.json')));
   tell({ kind: 'about', about });
   const adapter = wanted !== 'wasm' && (await navigator.gpu?.requestAdapter().catch(() => null));
-  backend = adapter ? 'webgpu' : 'wasm';
+  // an adapter that a processor imitates is slower than the processor itself
+  const imitated = adapter?.info?.isFallbackAdapter || adapter?.info?.architecture === 'swiftshader';
+  backend = adapter && (!imitated || wanted === 'webgpu') ? 'webgpu' : 'wasm';
   let loaded = 0;
   const count = (n) => tell({ kind: 'loading', loaded: (loaded += n), total: about.bytes });
   const [weights, ...files] = await Promise.all([
@@ -56,6 +58,7 @@ async function load({ wanted, threads }) {
     ...['tokenizer', 'tokenizer_2', 'tokenizer_3'].map((name) => bytes(`model/${name}.json`)),
     runtime(threads),
   ]);
+  tell({ kind: 'starting' });
   tokens = new Tokens(files.slice(0, 3).map((file) => JSON.parse(new TextDecoder().decode(file))), about);
   const values = widen(new Uint16Array(weights.buffer));
   const graphs = await Promise.all(Object.keys(about.weights).map((name) => bytes(`model/${name}.onnx`)));
@@ -126,7 +129,7 @@ async function encode(prompts, length) {
 }
 
 async function draw({ id, settings, picture, mask }) {
-  stopped = false;
+  if (id <= halted) throw new Stopped();
   const start = performance.now();
   const { prompt, negative_prompt: negative, seed, steps, guidance, shift, size, strength } = settings;
   const side = size / about.factor;
@@ -166,7 +169,7 @@ async function draw({ id, settings, picture, mask }) {
     const rgba = look(expected, side);
     tell({ kind: 'step', id, step: step + 1, total: levels.length - 1, sigma: next, size, rgba }, [rgba.buffer]);
     await breathe();
-    if (stopped) throw new Stopped();
+    if (id <= halted) throw new Stopped();
     if (!anew) return now;
     // Outside the mask the picture itself goes on, with the noise that this level has.
     const kept = next ? noised(clean, noise, next) : clean;
@@ -276,7 +279,7 @@ const kinds = { load, draw, strip, attention };
 
 self.onmessage = ({ data }) => {
   if (data.kind === 'stop') {
-    stopped = true;
+    halted = data.id;
     return;
   }
   queue = queue.then(() => kinds[data.kind](data)).catch((error) => {
