@@ -35,8 +35,8 @@ FLAGS = [
 ]  # fmt: skip
 WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan,WebGPU"]
 FOX = "a fox on a blue background, 3d"
-# The same picture, as largest and mean difference of 255: with the 28 steps of a usual picture, and with the few of most
-# tests here, where guidance makes a rounding error larger and no later step makes it smaller.
+# The same picture, as largest and mean difference of 255: with the 28 steps of a usual picture, and with the few of
+# most tests here, where guidance makes a rounding error larger and no later step makes it smaller.
 USUAL, FEW = (3, 0.1), (8, 0.5)
 TRANSFER = 40e6  # bytes at the first visit, without WebGPU
 pytestmark = pytest.mark.xdist_group("site")
