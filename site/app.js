@@ -33,6 +33,25 @@ const plain = (number) => String(Number(number));
 
 let backend = null;
 
+/**
+ * Ask for threads where the web host does not give them: isolate.js adds its headers from the next load on, so the page
+ * is loaded once more, before it has loaded anything large. Without service workers nano runs on one thread.
+ */
+async function isolate() {
+  if (crossOriginIsolated || !navigator.serviceWorker) return;
+  try {
+    if (sessionStorage.getItem('isolated')) return;
+    await navigator.serviceWorker.register('isolate.js');
+    const late = new Promise((_, reject) => setTimeout(reject, 3000));
+    await Promise.race([navigator.serviceWorker.ready, late]);
+    sessionStorage.setItem('isolated', 'once');
+  } catch {
+    return;
+  }
+  location.reload();
+  await new Promise(() => {});
+}
+
 /** A new worker; what was being drawn is drawn again. */
 function start(wanted) {
   worker?.terminate();
@@ -67,7 +86,10 @@ function hear(data, wanted) {
     // a graphics processor that fails is no reason not to draw
     const graphics = backend === 'webgpu' || (data.during === 'load' && navigator.gpu);
     if (graphics && wanted === 'auto') start('wasm');
-    else if (asked) asked.reject(new Error(data.message));
+    else if (asked) {
+      waiting.delete(data.id);
+      asked.reject(new Error(data.message));
+    }
     else say(data.message, 'error');
   } else if (data.kind === 'step') asked?.step?.(data);
   else if (data.kind === 'strip') showStrip(data);
@@ -630,4 +652,5 @@ emptyStrip();
 show('text');
 lay([{ settings: {}, caption: '' }]);
 fillGallery();
+await isolate();
 start('auto');

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 DIST = HERE / "dist"
 PAGE = [
     "index.html", "style.css", "app.js", "worker.js", "sampler.js", "random.js", "tokens.js", "words.js", "png.js",
-    "gallery.js", "paint.js",
+    "gallery.js", "paint.js", "isolate.js",
 ]  # fmt: skip
 # npm package, version and integrity as `npm pack --json` prints it, and the files that the page loads.
 LIBRARIES = (

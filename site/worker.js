@@ -8,6 +8,7 @@ const KEPT = 16; // pictures whose steps are kept for the view under the hood, a
 const tell = (message, transfer = []) => self.postMessage(message, transfer);
 
 let about, tokens, ort, sessions, backend;
+let failed = null; // why nothing can be drawn
 let halted = 0; // drawings up to this id are not wanted any more
 const records = new Map(); // id -> what the view under the hood needs
 
@@ -129,6 +130,7 @@ async function encode(prompts, length) {
 }
 
 async function draw({ id, settings, picture, mask }) {
+  if (failed) throw failed;
   if (id <= halted) throw new Stopped();
   const start = performance.now();
   const { prompt, negative_prompt: negative, seed, steps, guidance, shift, size, strength } = settings;
@@ -283,6 +285,7 @@ self.onmessage = ({ data }) => {
     return;
   }
   queue = queue.then(() => kinds[data.kind](data)).catch((error) => {
+    if (data.kind === 'load') failed = error;
     if (error instanceof Stopped) tell({ kind: 'stopped', id: data.id });
     else tell({ kind: 'error', id: data.id, during: data.kind, message: error.message ?? String(error) });
   });

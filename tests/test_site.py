@@ -538,8 +538,19 @@ def test_no_request_leaves_for_another_host(site, asked, address):
     assert [url for url in asked if not url.startswith((address, "blob:", "data:"))] == []
 
 
+def test_a_file_that_is_missing_is_said_in_one_sentence(browser, address):
+    context = browser.new_context()
+    context.route("**/weights.f16", lambda route: route.fulfill(status=404))
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_function("document.querySelector('#status.error')", timeout=PATIENCE)
+    assert page.inner_text("#status") == "model/weights.f16 could not be loaded (404): reload the page."
+    assert page.inner_text("#draw") == "Draw"
+    context.close()
+
+
 def test_any_web_host_in_a_folder_will_do(browser, address):
-    """Without the headers of serve.py: one thread."""
+    """Without the headers of serve.py: with the page's own service worker on threads, without it on one."""
 
     class Plain(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -548,9 +559,12 @@ def test_any_web_host_in_a_folder_will_do(browser, address):
     handler = functools.partial(Plain, directory=str(SITE))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{server.server_port}/dist/#prompt={FOX.replace(' ', '+')}&steps=2")
-        drawn(page)
-        assert "one thread" in page.inner_text("#machine")
-        page.close()
+        for workers, threads in (("allow", os.cpu_count() > 1), ("block", False)):
+            context = browser.new_context(service_workers=workers)
+            page = context.new_page()
+            page.goto(f"http://127.0.0.1:{server.server_port}/dist/#prompt={FOX.replace(' ', '+')}&steps=2")
+            drawn(page)
+            assert page.evaluate("crossOriginIsolated") == (workers == "allow")
+            assert ("one thread" in page.inner_text("#machine")) != threads
+            context.close()
         server.shutdown()
