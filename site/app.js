@@ -92,7 +92,7 @@ function hear(data, wanted) {
     }
     else say(data.message, 'error');
   } else if (data.kind === 'step') asked?.step?.(data);
-  else if (data.kind === 'strip') showStrip(data);
+  else if (data.kind === 'frame') showFrame(data);
   else if (data.kind === 'attention') showLooks(data);
   else if (asked) {
     waiting.delete(data.id);
@@ -469,19 +469,16 @@ function underTheHood() {
   look({ word: all.find((word) => word.toLowerCase() === subject) ?? longest });
 }
 
-function showStrip({ id, frames, size, total }) {
-  if (id !== hood.id || !frames) return;
-  emptyStrip();
-  frames.forEach(({ step, sigma, rgba }, i) => {
-    const canvas = make('canvas');
-    paintOn(canvas, rgba, size);
-    const button = make('button', { type: 'button' }, canvas, `step ${step}`, make('br'), `σ ${sigma.toFixed(2)}`);
-    button.setAttribute('aria-pressed', 'false');
-    button.setAttribute('aria-label', `The expected picture at step ${step} of ${total}, noise ${sigma.toFixed(2)}`);
-    button.onclick = () => look({ step: hood.step === step ? 0 : step });
-    button.dataset.step = step;
-    $('strip').children[i].replaceWith(button);
-  });
+function showFrame({ id, index, step, total, sigma, size, rgba }) {
+  if (id !== hood.id) return;
+  const canvas = make('canvas');
+  paintOn(canvas, rgba, size);
+  const button = make('button', { type: 'button' }, canvas, `step ${step}`, make('br'), `σ ${sigma.toFixed(2)}`);
+  button.setAttribute('aria-pressed', String(hood.step === step));
+  button.setAttribute('aria-label', `The expected picture at step ${step} of ${total}, noise ${sigma.toFixed(2)}`);
+  button.onclick = () => look({ step: hood.step === step ? 0 : step });
+  button.dataset.step = step;
+  $('strip').children[index].replaceWith(button);
 }
 
 /** Ask where the picture looks at a word, at a step or in the mean of all. */

@@ -245,18 +245,19 @@ function shrink(mask, size, side) {
 
 // ---- under the hood -------------------------------------------------------------------------------------------------
 
-/** The picture that the model expected after each of some steps. */
+/** The picture that the model expected after each of some steps, unless a drawing waits. */
 async function strip({ id, most }) {
   const record = records.get(id);
-  if (!record) return tell({ kind: 'strip', id, frames: null });
-  const last = record.expected.length - 1;
-  const chosen = [...new Set(Array.from({ length: most }, (_, i) => Math.round((i * last) / (most - 1))))];
-  const frames = [];
-  for (const step of chosen) {
-    frames.push({ step: step + 1, sigma: record.levels[step], rgba: await decode(record.expected[step], record.side) });
+  if (!record) return;
+  const total = record.expected.length;
+  const chosen = [...new Set(Array.from({ length: most }, (_, i) => Math.round((i * (total - 1)) / (most - 1))))];
+  for (const [index, step] of chosen.entries()) {
+    if (waiting) return;
+    const rgba = await decode(record.expected[step], record.side);
+    const size = record.side * about.factor;
+    tell({ kind: 'frame', id, index, step: step + 1, total, sigma: record.levels[step], size, rgba }, [rgba.buffer]);
     await breathe();
   }
-  tell({ kind: 'strip', id, frames, size: record.side * about.factor, total: last + 1 });
 }
 
 /** Where the picture looks at a word: the mean of all steps, or one step (from 1). */
@@ -277,14 +278,22 @@ function attention({ id, word, step }) {
 // ---- messages: one drawing after the other --------------------------------------------------------------------------
 
 let queue = Promise.resolve();
-const kinds = { load, draw, strip, attention };
+let waiting = 0; // drawings in the queue
+const kinds = { load, draw, strip };
 
 self.onmessage = ({ data }) => {
   if (data.kind === 'stop') {
     halted = data.id;
     return;
   }
-  queue = queue.then(() => kinds[data.kind](data)).catch((error) => {
+  if (data.kind === 'attention') return attention(data); // needs no model, so it need not wait
+  const drawing = data.kind === 'draw';
+  waiting += drawing;
+  const turn = () => {
+    waiting -= drawing;
+    return kinds[data.kind](data);
+  };
+  queue = queue.then(turn).catch((error) => {
     if (data.kind === 'load') failed = error;
     if (error instanceof Stopped) tell({ kind: 'stopped', id: data.id });
     else tell({ kind: 'error', id: data.id, during: data.kind, message: error.message ?? String(error) });

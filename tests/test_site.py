@@ -170,7 +170,10 @@ def drawn(page, of: int = 1) -> None:
         timeout=PATIENCE,
     )
     assert done in page.inner_text("#status")
-    page.wait_for_function("document.querySelectorAll('#strip button').length", timeout=PATIENCE)
+    page.wait_for_function(
+        "[...document.querySelectorAll('#strip button')].some((frame) => /step (\\d+) of \\1,/.test(frame.ariaLabel))",
+        timeout=PATIENCE,
+    )
 
 
 def pixels(message: dict) -> np.ndarray:
