@@ -233,7 +233,7 @@ function hint(unknown) {
       };
       return button;
     });
-    $('hint').replaceChildren('nano does not know ', strong, '. Written most like it: ', near[0], ' ', near[1], more);
+    $('hint').replaceChildren('nano does not know ', strong, ...(near[0] ? ['. Written most like it: ', near[0], ' ', near[1]] : ['.']), more);
   }
 }
 
@@ -485,7 +485,7 @@ function showFrame({ id, index, step, total, sigma, size, rgba }) {
 function look(change) {
   Object.assign(hood, change);
   for (const button of $('words').children) button.setAttribute('aria-pressed', String(button.textContent === hood.word));
-  for (const button of $('strip').children) button.setAttribute('aria-pressed', String(Number(button.dataset.step) === hood.step));
+  for (const button of $('strip').querySelectorAll('button')) button.setAttribute('aria-pressed', String(Number(button.dataset.step) === hood.step));
   worker.postMessage({ kind: 'attention', id: hood.id, word: hood.word, step: hood.step });
 }
 

@@ -304,6 +304,7 @@ def vocabulary(pipe) -> dict:
             words.update(told - set(scene.text.split()))
     return {
         "subjects": [subject.name for subject in subjects],
+        "plurals": {n: scenes._plural(n) for s in subjects for n in s.names},
         "synonyms": {n: s.name for s in subjects for n in s.names[1:]},
         "styles": list(scenes.STYLES),
         "colours": {name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in scenes.COLOURS.items()},

@@ -4,7 +4,7 @@ const article = (noun) => (/^[aeiou]/.test(noun) ? 'an' : 'a');
 const escape = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, '\\$&');
 const any = (names) => [...names].sort((a, b) => b.length - a.length).map(escape).join('|');
 // One or two words after "says", or what is in quotation marks there: letters that nano spells, not words it knows.
-const SIGN = /\b(sign that says|says)\s+("[^"]*"?|“[^”]*”?|\S+(?:\s+(?!on\b|with\b|in\b)[\p{L}\d]+(?=,|$|\s+on\b))?)/iu;
+const SIGN = /\b(sign that says|says)\s+("[^"]*"?|“[^”]*”?|[^\s,.]+(?:\s+(?!on\b|with\b|in\b)[\p{L}\d]+(?=[,.]|$|\s+on\b))?)/iu;
 
 /** Edits between two words: letters put in, left out, changed, or swapped with the next. */
 export function distance(a, b) {
@@ -25,6 +25,7 @@ export class Words {
     Object.assign(this, words);
     this.all = new Set(words.known);
     this.names = [...words.subjects, ...Object.keys(words.synonyms)];
+    this.singular = Object.fromEntries(Object.entries(words.plurals).map(([one, many]) => [many, one]));
     this.things = [...this.names, ...words.styles, ...Object.keys(words.colours)];
   }
 
@@ -48,22 +49,35 @@ export class Words {
 
   /** The two things it can draw, by any of their names, that are written most like a word. */
   nearest(word) {
+    if (word.length < 3) return []; // nothing is written like it
     const near = this.things.map((name) => [distance(word, name) - (name[0] === word[0] ? 0.5 : 0), name]);
     return near.sort((a, b) => a[0] - b[0]).slice(0, 2).map(([, name]) => name);
   }
 
-  /** The first subject that a prompt names, by any of its names. */
+  /** The first subject that a prompt names, by any of its names, one or many: {name, many, start, end}. */
   subject(prompt) {
-    const found = new RegExp(`(?<![\\p{L}\\d])(${any(this.names)})(?![\\p{L}\\d])`, 'iu').exec(prompt.replace(SIGN, (all) => ' '.repeat(all.length)));
-    return found && { name: found[1].toLowerCase(), start: found.index, end: found.index + found[1].length };
+    const names = any([...this.names, ...Object.keys(this.singular)]);
+    const spelled = prompt.replace(SIGN, (all) => ' '.repeat(all.length));
+    const found = new RegExp(`(?<![\\p{L}\\d])(${names})(?![\\p{L}\\d])`, 'iu').exec(spelled);
+    if (!found) return null;
+    const word = found[1].toLowerCase();
+    const many = word in this.singular && !this.names.includes(word);
+    return { name: many ? this.singular[word] : word, many, start: found.index, end: found.index + word.length };
   }
+
+  /** A style in a prompt, and a colour where the background is told: "on a red background", "on red". */
+  style = () => new RegExp(`(?<![\\p{L}\\d])(${any(this.styles)})(?![\\p{L}\\d])`, 'iu');
+  colour = () => {
+    const names = any(Object.keys(this.colours));
+    return new RegExp(`\\ban?\\s+(${names})(?= background)|(?<=\\bon )(${names})(?![\\p{L}\\d])|(?<=, )(${names})(?= background)`, 'iu');
+  };
 
   /** What of the chips a prompt has. */
   parts(prompt) {
     const subject = this.subject(prompt)?.name;
     const sign = SIGN.exec(prompt)?.[2].replace(/["“”]/g, '').toLowerCase();
-    const colour = new RegExp(`(${any(Object.keys(this.colours))})(?= background)`, 'i').exec(prompt)?.[1].toLowerCase();
-    const style = new RegExp(`(?<![\\p{L}\\d])(${any(this.styles)})(?![\\p{L}\\d])`, 'iu').exec(prompt)?.[1].toLowerCase();
+    const colour = this.colour().exec(prompt)?.slice(1).find(Boolean)?.toLowerCase();
+    const style = this.style().exec(prompt)?.[1].toLowerCase();
     return { subject: this.synonyms[subject] ?? subject, sign, colour, style };
   }
 
@@ -71,23 +85,22 @@ export class Words {
   with(prompt, kind, value) {
     const at = this.subject(prompt);
     if (kind === 'subject') {
-      if (!at) return `${article(value)} ${value}${prompt.trim() ? ` on a ${this.parts(prompt).colour ?? 'blue'} background, ${this.parts(prompt).style ?? '3d'}` : ' on a blue background, 3d'}`;
-      const before = prompt.slice(0, at.start).replace(/\ban?\s+$/i, (a) => (a[0] === 'A' ? 'A' : 'a') + article(value).slice(1) + ' ');
-      return before + value + prompt.slice(at.end);
+      if (!at) return `${article(value)} ${value} on a blue background, 3d`;
+      const before = prompt.slice(0, at.start).replace(/\ban?\s+$/i, (a) => `${a[0]}${article(value).slice(1)} `);
+      return before + (at.many ? this.plurals[value] : value) + prompt.slice(at.end);
     }
+    if (!prompt.trim()) prompt = kind === 'sign' ? 'a cat' : 'a fox';
     if (kind === 'colour') {
-      const there = new RegExp(`\\ban?\\s+(${any(Object.keys(this.colours))})(?= background)`, 'i');
-      if (there.test(prompt)) return prompt.replace(there, `${article(value)} ${value}`);
-      const comma = this.parts(prompt).style ? prompt.lastIndexOf(',') : -1;
+      if (this.colour().test(prompt))
+        return prompt.replace(this.colour(), (old) => (/^an?\s/i.test(old) ? `${article(value)} ${value}` : value));
+      const comma = this.style().test(prompt) ? prompt.lastIndexOf(',') : -1;
       const end = comma < 0 ? prompt.length : comma;
-      return `${prompt.slice(0, end).trimEnd()} on ${article(value)} ${value} background${prompt.slice(end)}`.trim();
+      return `${prompt.slice(0, end).trimEnd()} on ${article(value)} ${value} background${prompt.slice(end)}`;
     }
-    if (kind === 'style') {
-      const there = new RegExp(`(?<![\\p{L}\\d])(${any(this.styles)})(?![\\p{L}\\d])`, 'iu');
-      return there.test(prompt) ? prompt.replace(there, value) : `${prompt.trimEnd()}, ${value}`;
-    }
+    if (kind === 'style')
+      return this.style().test(prompt) ? prompt.replace(this.style(), value) : `${prompt.trimEnd()}, ${value}`;
     if (SIGN.test(prompt)) return prompt.replace(SIGN, (_, says) => `${says} ${value}`);
-    if (!at) return `a cat holding a sign that says ${value}`;
-    return `${prompt.slice(0, at.end)} holding a sign that says ${value}${prompt.slice(at.end)}`;
+    const end = this.subject(prompt)?.end ?? prompt.trimEnd().length;
+    return `${prompt.slice(0, end)} holding a sign that says ${value}${prompt.slice(end)}`;
   }
 }

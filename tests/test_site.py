@@ -400,6 +400,23 @@ def test_chips_change_the_prompt(site):
     assert site.input_value("#prompt") == "an owl holding a sign that says open on an orange background, noto"
     pressed = site.locator(".chips [data-kind][aria-pressed=true]").all_inner_texts()
     assert pressed == ["noto", "orange", "“open”", "owl"]
+    script = """async ([prompt, kind, value]) => {
+      const { Words } = await import('./words.js');
+      return new Words((await (await fetch('model/nano.json')).json()).words).with(prompt, kind, value);
+    }"""
+    for prompt, kind, value, then in (
+        ("two cats on teal", "subject", "mouse", "two mice on teal"),
+        ("two cats on teal", "colour", "red", "two cats on red"),
+        ("", "style", "flat", "a fox, flat"),
+        ("a cat holding a sign that says hi, flat", "sign", "open", "a cat holding a sign that says open, flat"),
+        (
+            "a cat holding a sign that says hi",
+            "colour",
+            "orange",
+            "a cat holding a sign that says hi on an orange background",
+        ),
+    ):
+        assert site.evaluate(script, [prompt, kind, value]) == then
 
 
 def test_by_keyboard_alone(site):
@@ -565,7 +582,7 @@ def test_any_web_host_in_a_folder_will_do(browser, address):
         for workers, threads in (("allow", os.cpu_count() > 1), ("block", False)):
             context = browser.new_context(service_workers=workers)
             page = context.new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/dist/#prompt={FOX.replace(' ', '+')}&steps=2")
+            page.goto(f"http://127.0.0.1:{server.server_port}/dist/#prompt={FOX.replace(' ', '+')}&steps=1&size=64")
             drawn(page)
             assert page.evaluate("crossOriginIsolated") == (workers == "allow")
             assert ("one thread" in page.inner_text("#machine")) != threads
