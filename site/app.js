@@ -210,16 +210,16 @@ function refresh() {
     chip.setAttribute('aria-pressed', String(parts[chip.dataset.kind] === chip.dataset.value));
 }
 
-/** The line under the prompt: the first word that nano does not know, and what is nearest. */
+/** The line under the prompt: the first word that nano does not know and has something near to, or the first. */
 function hint(unknown) {
-  const [first, ...rest] = unknown;
+  const first = unknown.find(({ nearest }) => nearest?.length) ?? unknown[0];
   if (!first) {
     const seen = words.subject($('prompt').value) || !$('prompt').value.trim();
     $('hint').replaceChildren(seen ? `It knows ${about.words.subjects.length} things, in three styles on ${Object.keys(about.words.colours).length} colours, and spells words of up to ${about.words.longest} letters.` : 'There is no thing in it that nano knows: choose one below.');
     return;
   }
   const strong = make('strong', { textContent: first.word });
-  const more = rest.length ? ` (${rest.length} more)` : '';
+  const more = unknown.length > 1 ? ` (${unknown.length - 1} more)` : '';
   if (first.why === 'long') $('hint').replaceChildren(strong, ` is too long for a sign: up to ${about.words.longest} letters fit.${more}`);
   else if (first.why === 'letters') $('hint').replaceChildren(strong, ` cannot be spelled: a sign has letters from a to z.${more}`);
   else {

@@ -75,11 +75,11 @@ def _npm() -> str:
 
 
 def _state() -> str:
-    """A hash of what the exported model is made of."""
-    sources = [HERE / "export.py", *sorted((HERE.parent / "sd3kit" / "nano").rglob("*"))]
+    """A hash of what the exported model is made of: the weights, the recipe's words, and how they are exported."""
+    folders = (HERE.parent / "sd3kit" / name for name in ("nano", "recipe"))
     total = hashlib.sha256()
-    for path in sources:
-        if path.suffix in (".py", ".json", ".safetensors"):
+    for path in [HERE / "export.py", *(path for folder in folders for path in sorted(folder.rglob("*")))]:
+        if path.suffix in (".py", ".json", ".safetensors", ".webp"):
             total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()
 
