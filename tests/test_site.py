@@ -480,6 +480,26 @@ def test_a_picture_is_changed_under_a_mask_painted_by_hand(site):
     assert explore.from_png(Path(download.value.path()))["strength"] == 1
 
 
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_is_taken_by_paste_and_by_drop(site, way):
+    site.get_by_role("tab", name="Text to image").click()
+    site.evaluate(
+        """async (way) => {
+          const blob = await (await fetch(document.querySelector('#stage img').src)).blob();
+          const data = new DataTransfer();
+          data.items.add(new File([blob], 'a.png', { type: 'image/png' }));
+          const paste = new ClipboardEvent('paste', { clipboardData: data });
+          const drop = new DragEvent('drop', { dataTransfer: data });
+          document.querySelector('#status').textContent = '';
+          dispatchEvent(way === 'paste' ? paste : drop);
+        }""",
+        way,
+    )
+    site.wait_for_function("document.querySelector('#status').textContent.startsWith('Say what')")
+    assert site.locator("#paint").get_attribute("aria-label") == "The picture that is changed"
+    assert site.get_by_role("tab", name="Image to image").get_attribute("aria-selected") == "true"
+
+
 def test_a_file_that_is_no_picture_is_refused_in_one_sentence(site):
     site.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"nothing"})
     site.wait_for_function("document.querySelector('#status.error')")
