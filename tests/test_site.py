@@ -464,6 +464,7 @@ def test_two_settings_side_by_side_on_the_same_seeds(site):
 def test_a_picture_is_changed_under_a_mask_painted_by_hand(site):
     site.get_by_role("button", name="Change it").click()
     site.wait_for_function("document.querySelector('#status').textContent.startsWith('Say what')")
+    site.locator("#paint").scroll_into_view_if_needed()
     box = site.locator("#paint").bounding_box()
     site.mouse.move(box["x"] + 20, box["y"] + 20)
     site.mouse.down()
