@@ -1,5 +1,5 @@
 # make lab    set up and open the first lesson in JupyterLab
-# make app    the quick-try page in a browser, for this machine only
+# make app    nano on a page in your browser, for this machine only
 # make test   set up, run every test and execute every notebook from the installed wheel
 # make test-shapes   every lesson on small random models with the structure of SD3 Medium and 3.5 Medium
 # make test-gpu   on a GPU: every notebook with nano, then with the model that is set (SD3KIT_MODEL; where none is, SD3
@@ -30,9 +30,12 @@ lab: $(VENV)/lab
 	    --output-dir notebooks/mine $(addprefix notebooks/,$(MISSING)))
 	$(BIN)/jupyter lab notebooks/mine/00_start_here.ipynb
 
-app: $(VENV)/lab
+# The page's two libraries come from npm; a real model needs a server and the explorers.
+app: $(VENV)/app
 	$(PIP) install -q --no-deps -e .
-	$(BIN)/python -m sd3kit.explore
+	@if [ -n "$$SD3KIT_MODEL" ]; then $(BIN)/python -m sd3kit.explore; \
+	elif command -v npm >/dev/null; then $(BIN)/python site/serve.py; \
+	else echo "There is no npm (Node.js), so this is the explorer and not the page."; $(BIN)/python -m sd3kit.explore; fi
 
 test: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .
@@ -59,6 +62,10 @@ $(VENV)/lab: pyproject.toml constraints.txt torch-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --retries 1 --no-deps -c constraints.txt $(TORCH)
 	$(PIP) install -q -c constraints.txt -e .[lab]
+	touch $@
+
+$(VENV)/app: $(VENV)/lab
+	$(PIP) install -q -c constraints.txt -e .[site]
 	touch $@
 
 $(VENV)/ready: $(VENV)/lab
