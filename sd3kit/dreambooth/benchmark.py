@@ -235,7 +235,7 @@ def compare(options: argparse.Namespace) -> int:
             for side in filter(targets.get, sides):
                 words = str(targets[side]), [*arguments(options, source, pictures), *more]
                 rows[f"{setting}, {side}"] = functools.partial(run, *words)
-        found = records.study(rows, options.out, identity, command)
+        found = records.study(list(rows), lambda row: rows[row](), options.out, identity, command)
     for record in found:
         print(line(record))
     return int(any("raises" in record for record in found))
