@@ -41,7 +41,7 @@ FOX = "a fox on a blue background, 3d"
 # most tests here, where guidance makes a rounding error larger and no later step makes it smaller.
 USUAL, FEW = (3, 0.1), (8, 0.5)
 TRANSFER = 40e6  # bytes at the first visit, without WebGPU
-pytestmark = pytest.mark.xdist_group("site")
+pytestmark = pytest.mark.xdist_group("browser")  # two browsers at once would starve each other on two cores
 
 
 def absent(reason: str) -> None:
