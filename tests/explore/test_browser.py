@@ -490,7 +490,8 @@ def test_the_other_explorers_draw_and_follow_a_change(others, place, change):
     pictures = "root => [...root.querySelectorAll('img')].map(image => image.src).join()"
     before = root.evaluate(pictures)
     change(root)
-    others.wait_for_function(f"([root, before]) => ({pictures})(root) !== before", arg=[root.element_handle(), before])
+    changed = f"([root, before]) => ({pictures})(root) !== before"
+    others.wait_for_function(changed, arg=[root.element_handle(), before], timeout=PATIENCE)
     done(root)
     shot(others, f"others-{place}")
 
