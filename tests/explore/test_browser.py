@@ -486,9 +486,11 @@ def test_the_other_explorers_draw_and_follow_a_change(others, place, change):
     slider(root, "Steps").press("Home")
     slider(root, "Steps").press("PageUp")
     root.get_by_role("button", name="Draw", exact=True).click()
-    done(root)
     pictures = "root => [...root.querySelectorAll('img')].map(image => image.src).join()"
-    before = root.evaluate(pictures)
+    before = None
+    while before != (before := root.evaluate(pictures)):  # a drawing that the slider began may end after this one began
+        done(root)
+        others.wait_for_timeout(2000)
     change(root)
     changed = f"([root, before]) => ({pictures})(root) !== before"
     others.wait_for_function(changed, arg=[root.element_handle(), before], timeout=PATIENCE)
