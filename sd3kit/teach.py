@@ -100,7 +100,8 @@ def learner(threads: int | None) -> Iterator[Callable[[str], str]]:
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbformat.v4 import new_code_cell, new_notebook
 
-    client = NotebookClient(new_notebook(), kernel_name="python3", timeout=3600)
+    # on a busy machine the output may come long after the answer; what has not come by then is lost
+    client = NotebookClient(new_notebook(), kernel_name="python3", timeout=3600, iopub_timeout=60)
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
     def run(code: str) -> str:
