@@ -30,7 +30,10 @@ from . import scenes
 from .art import Art
 from .pool import Batch, Pool
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
-from .training import Average, Budget, Guard, cosine, fast_dtype, muon_in_float32, restore_parts, save_parts
+from .training import (
+    Average, Budget, Guard, average_gradients, cosine, fast_dtype, muon_in_float32, process, restore_parts, same,
+    save_parts,
+)  # fmt: skip
 
 SHIFT = 3.0  # of the noise levels in training
 DROP = torch.tensor([0.15, 0.15, 0.15])  # how often each text encoder is left out (the paper: 46.3%)
@@ -140,9 +143,9 @@ def train(
     autoencoder and the text encoders stay as they are.
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
-    torch.manual_seed(seed)
     on_gpu = device != "cpu"
     vae, text = vae.to(device).eval().requires_grad_(False), text.to(device).eval().requires_grad_(False)
+    torch.manual_seed(seed)
     model = transformer().to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
@@ -156,11 +159,13 @@ def train(
         for group, given in zip(adamw.param_groups + muon.param_groups, settings, strict=True):
             group.update(given)  # this run's rates, not the stored ones
         rng.seed(budget.steps)
-        torch.manual_seed(budget.steps)
+    rank, processes = process()
+    own = budget.steps * processes + rank  # each process sees scenes and noise of its own
+    torch.manual_seed(own + seed)
     known, workers = scenes.SUBJECTS[:subjects], max(1, (os.cpu_count() or 1) // 2 - 1) if on_gpu else 0
     sizes = {part: part.size * (SPREAD if on_gpu else 1) for part in PARTS}
     pools = {
-        part: Pool(art, vae, text, known, part.kinds, 60_000 if on_gpu else 8_000, workers=workers, seed=budget.steps)
+        part: Pool(art, vae, text, known, part.kinds, 60_000 if on_gpu else 8_000, workers=workers, seed=own)
         for part in PARTS
     }
     for part, pool in pools.items():
@@ -179,6 +184,7 @@ def train(
                 smooth[name] = 0.9 * smooth.get(name, now) + 0.1 * now
             if budget.steps % 16 < part.size / 4:
                 pool.renew()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (adamw, muon):
             for group in optimizer.param_groups:
@@ -189,9 +195,11 @@ def train(
         average.update()
         budget.notes = {name: f"{value:.4f}" for name, value in smooth.items()}
         if budget.steps % 100 == 99:
-            guard.watch(sum(smooth.values()), adamw, muon)
-            save_parts(kept, checkpoint)
-    save_parts(kept, checkpoint)
+            guard.watch(same(sum(smooth.values())), adamw, muon)
+            if rank == 0:
+                save_parts(kept, checkpoint)
+    if rank == 0:
+        save_parts(kept, checkpoint)
     average.swap()
     return model
 
