@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from .. import records
@@ -80,6 +81,10 @@ def train(options: argparse.Namespace) -> int:
         print(f"error: --start: {options.start} is no pipeline's folder (no model_index.json there).", file=sys.stderr)
         return 2
     options.work.mkdir(parents=True, exist_ok=True)
+    state = PartialState(cpu=options.device == "cpu")  # of `accelerate launch`; without it this is the only process
+    if state.num_processes > 1 and not (options.start or (options.work / "text.pt").exists()):
+        print("error: several processes share the training of the flow; make the rest with one first.", file=sys.stderr)
+        return 2
     art, transformer = Art(options.work), None
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start / "vae", use_safetensors=True).float()
@@ -92,6 +97,8 @@ def train(options: argparse.Namespace) -> int:
         text = reading.train(art, vae, options.work, options.text_minutes, device=options.device)
     shared = (art, vae, text, options.work)
     model = flow.train(*shared, options.flow_minutes, options.subjects, start=transformer, device=options.device)
+    if not state.is_main_process:
+        return 0
     flow.export(model, text, vae, options.out)
     beside = HERE if options.out == NANO else options.out  # the pipeline's folder holds a pipeline and its card
     save_templates(art, options.subjects, beside / TEMPLATES.name)

@@ -474,7 +474,7 @@ def test_nothing_serious_in_the_accessibility_scan_of_the_page(site):
     ("place", "change"),
     [
         (0, lambda root: slider(root, "Shift").press("Home")),
-        (1, lambda root: root.get_by_label("Word", exact=True).select_option("fox")),
+        (1, lambda root: root.get_by_label("Word", exact=True).select_option("blue")),
         (2, lambda root: root.get_by_label("T5", exact=True).uncheck()),
         (3, lambda root: slider(root, "mine").press("Home")),
     ],

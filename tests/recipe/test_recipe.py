@@ -63,6 +63,25 @@ def test_muon_in_float32_takes_the_same_step():
     assert not torch.equal(*ends)
 
 
+def half_of_a_training(rank: int, folder: str) -> None:
+    """One of two processes: its gradient is its rank, 0 or 1."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = torch.nn.Linear(3, 2, bias=False)
+    model.weight.grad = torch.full((2, 3), float(rank))
+    training.average_gradients(model)
+    assert training.process() == (rank, 2)
+    torch.save([model.weight.grad, training.same(5.0 + rank)], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_model(tmp_path):
+    torch.multiprocessing.start_processes(half_of_a_training, (str(tmp_path),), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        gradient, told = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(gradient, torch.full((2, 3), 0.5)) and told == 5.0
+    assert training.process() == (0, 1) and training.same(3.5) == 3.5, "alone"
+
+
 def test_pca_code_reconstructs_patches(art, rng):
     pictures = art_module.to_tensor([autoencoder.random_picture(art, rng) for _ in range(64)])
     mean, projection = autoencoder.fit_pca(pictures)
