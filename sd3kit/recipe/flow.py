@@ -31,7 +31,16 @@ from .art import Art
 from .pool import Batch, Pool
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
 from .training import (
-    Average, Budget, Guard, average_gradients, cosine, fast_dtype, muon_in_float32, process, restore_parts, same,
+    Average,
+    Budget,
+    Guard,
+    average_gradients,
+    cosine,
+    fast_dtype,
+    muon_in_float32,
+    process,
+    restore_parts,
+    same,
     save_parts,
 )  # fmt: skip
 
