@@ -81,7 +81,9 @@ def train(options: argparse.Namespace) -> int:
         print(f"error: --start: {options.start} is no pipeline's folder (no model_index.json there).", file=sys.stderr)
         return 2
     options.work.mkdir(parents=True, exist_ok=True)
-    state = PartialState(cpu=options.device == "cpu")  # of `accelerate launch`; without it this is the only process
+    state = PartialState(
+        cpu=options.device == "cpu"
+    )  # of `accelerate launch` or torchrun; without them this is the only process
     if state.num_processes > 1 and not (options.start or (options.work / "text.pt").exists()):
         print("error: several processes share the training of the flow; make the rest with one first.", file=sys.stderr)
         return 2
