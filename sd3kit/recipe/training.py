@@ -55,7 +55,7 @@ def muon_in_float32(wanted: bool) -> AbstractContextManager:
 
 
 def process() -> tuple[int, int]:
-    """Which of the processes that torchrun or `accelerate launch` started this is, and how many they are: (0, 1) without it."""
+    """Which of the processes that torchrun or `accelerate launch` started this is, of how many: (0, 1) alone."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
