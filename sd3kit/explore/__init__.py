@@ -3,7 +3,7 @@
 Each subject is a file with its function and its explorer, which has the same name in capitals: `TextToImage(pipe)` as
 the last line of a cell shows it. Functions need no widgets. `drawing` draws, `drawn` is what comes out (`from_png`
 brings back the settings that are stored in a picture), `explorer` is what all explorers share. May import `lesson`,
-`study`, `loading`, `pictures` and `files`. Start with `text.py`.
+`loading`, `pictures` and `files`. Start with `text.py`.
 """
 
 # ruff: noqa: F401  (the names below are the package's own)

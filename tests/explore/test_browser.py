@@ -1,4 +1,4 @@
-"""The explorers in a real browser: a lesson in JupyterLab and the page of `make app`, in headless Chromium by Playwright.
+"""The explorers in a real browser, headless Chromium by Playwright: a lesson in JupyterLab, the page of `make app`.
 
 Screenshots are kept in tests/artefacts.
 """

@@ -13,12 +13,13 @@ import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
-from ..dreambooth import subject
-from ..dreambooth.model import ATTENTION
-from ..loading.device import environment_alone
-from ..loading.pipeline import load
-from ..recipe.evaluate import pictures
-from ..records import mean, share
+from sd3kit.dreambooth import subject
+from sd3kit.dreambooth.model import ATTENTION
+from sd3kit.loading.device import environment_alone
+from sd3kit.loading.pipeline import load
+from sd3kit.recipe.evaluate import pictures
+from sd3kit.records import mean, share
+
 from .drawing import tools
 from .store import Study
 
