@@ -103,7 +103,7 @@ def taught(change: str, seed: int, folder: Path, **more):
     if options.get("full_finetuning"):
         return load(folder / "out", quiet=True)
     pipe = load("nano", quiet=True)
-    pipe.load_lora_weights(folder / "out", weight_name=LORA_WEIGHT_NAME_SAFE)  # diffusers 0.39 wants it offline
+    pipe.load_lora_weights(folder / "out", weight_name=LORA_WEIGHT_NAME_SAFE)  # named, or it is looked for on the Hub
     return pipe
 
 
