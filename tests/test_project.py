@@ -82,6 +82,7 @@ def test_imports_go_down():
                 if layer(target) > layer(parts[0]):
                     upward.append(f"{path} imports {target}")
     assert seen > 50 and not upward, upward
+    assert not [path for path, text in sources() if re.search(r"^\s*(from|import) studies", text, re.MULTILINE)]
 
 
 def test_the_helper_is_thin_and_its_files_are_short():

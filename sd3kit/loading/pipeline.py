@@ -139,15 +139,27 @@ def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bo
     return f"{error.path} {error.what}: copy it again from where it came from, or save the pipeline again."
 
 
+def build(model: str, part: str) -> torch.nn.Module:
+    """A part of a model of `configs` at its true size, on torch's default device and in its default precision.
+
+    Its weights are random. All parts but the transformer are the same in all models.
+    """
+    import diffusers
+    import transformers
+
+    if part == "transformer":
+        return diffusers.SD3Transformer2DModel(**configs.TRANSFORMER[model])
+    if part == "vae":
+        return diffusers.AutoencoderKL(**configs.VAE)
+    if part == "text_encoder_3":
+        return transformers.T5EncoderModel(transformers.T5Config(**configs.T5_XXL))
+    config = configs.CLIP_L if part == "text_encoder" else configs.CLIP_G
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config))
+
+
 def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     """The pipeline of a name at its true size, its weights drawn at random on the device itself."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
     if name == "nano":
@@ -162,12 +174,9 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                parts["transformer"] = SD3Transformer2DModel(**configs.TRANSFORMER[name])
-                parts["vae"] = AutoencoderKL(**configs.VAE)
-                parts["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L))
-                parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G))
-                if kwargs.get("text_encoder_3", ...) is not None:
-                    parts["text_encoder_3"] = T5EncoderModel(T5Config(**configs.T5_XXL))
+                for part in [part for part, module in parts.items() if isinstance(module, torch.nn.Module)]:
+                    if kwargs.get(part, ...) is not None:
+                        parts[part] = build(name, part)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise LoadError(
                 f"{name} does not fit on {device} in {dtype}: leave out the T5 (text_encoder_3=None)."

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..loading import configs
+from ..loading.pipeline import build
 from .plan import ENCODERS
 
 GIB = 2**30
@@ -46,18 +46,9 @@ def _part(model: str, part: str) -> torch.nn.Module:
 
 @functools.cache
 def _built(model: str, part: str) -> torch.nn.Module:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    build = {
-        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G)),
-        "text_encoder_3": lambda: T5EncoderModel(T5Config(**configs.T5_XXL)),
-        "transformer": lambda: SD3Transformer2DModel(**configs.TRANSFORMER[model]),
-        "vae": lambda: _Decode(AutoencoderKL(**configs.VAE)),
-    }[part]
     with torch.device("meta"):
-        return build().to(torch.float16).eval()
+        module = build(model, part)
+        return (_Decode(module) if part == "vae" else module).to(torch.float16).eval()
 
 
 def weights(model: str, part: str, bits: float = 16, every_linear: bool = False, skips: tuple[str, ...] = ()) -> int:
