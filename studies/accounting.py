@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sd3kit import records
 from sd3kit.errors import UserError, answer
+from sd3kit.files import check_writable
 from sd3kit.loading import configs
 from sd3kit.measuring import bench
 from sd3kit.measuring.account import GIB, PARTS, _part, activations, layers, weights
@@ -108,7 +109,7 @@ def _moved(plan: Recipe, held: dict[str, int], steps: int) -> int:
     }[plan.keeps]
 
 
-def store(models: list[str], size: int, out: Path) -> None:
+def store(models: list[str], size: int, out: str | Path) -> None:
     """Account every recipe for these models, and print the peaks.
 
     Raises:
@@ -116,6 +117,8 @@ def store(models: list[str], size: int, out: Path) -> None:
     """
     if unknown := set(models) - configs.TRANSFORMER.keys():
         raise UserError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {min(unknown)!r}.")
+    check_writable(out)
+    records.read(out)  # before the first model is accounted
     for model in models:
         identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": bench.versions()}
         made = records.study(
@@ -129,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.accounting", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=list(configs.TRANSFORMER), help="(all that are known)")
     parser.add_argument("--size", type=int, default=1024, help="pixels of each side (%(default)s)")
-    parser.add_argument("--out", type=Path, default=records.RESULTS / "bytes.jsonl", help="(%(default)s)")
+    parser.add_argument("--out", default=records.RESULTS / "bytes.jsonl", help="(%(default)s)")
     options = parser.parse_args(arguments)
     return answer(lambda: store(options.model, options.size, options.out))
 
