@@ -16,6 +16,7 @@ import pytest
 from sd3kit import files, teach
 from sd3kit.command import cli
 from sd3kit.loading import pipeline
+from studies import seats
 
 LONG = "n" * 300
 LINES = {
@@ -94,14 +95,14 @@ LINES = {
     "teach strip lesson -o file": "a file is where its folder should be",
     f"teach strip lesson -o {LONG}": "name is too long",
     "teach strip lesson -o /proc/x": "cannot be written",
-    "teach seats --learners 0": "must be 1 or more",
-    "teach seats --learners nan": "invalid int value",
-    "teach seats --threads 0": "must be 1 or more",
-    "teach seats --pictures -1": "must be 1 or more",
-    "teach seats --model nanoo": "did you mean nano",
-    "teach seats --out folder": "it is a folder",
-    "teach seats --out no/x.jsonl": "folder is not there",
-    f"teach seats --out {LONG}": "name is too long",
+    "seats --learners 0": "must be 1 or more",
+    "seats --learners nan": "invalid int value",
+    "seats --threads 0": "must be 1 or more",
+    "seats --pictures -1": "must be 1 or more",
+    "seats --model nanoo": "did you mean nano",
+    "seats --out folder": "it is a folder",
+    "seats --out no/x.jsonl": "folder is not there",
+    f"seats --out {LONG}": "name is too long",
 }
 
 
@@ -143,7 +144,8 @@ def shared(tmp_path_factory):
 
 def typed(line):
     words = shlex.split(line)
-    main, words = (teach.main, words[1:]) if words[:1] == ["teach"] else (cli.main, words)
+    mains = {"teach": teach.main, "seats": seats.main}
+    main, words = (mains[words[0]], words[1:]) if words[:1] and words[0] in mains else (cli.main, words)
     try:
         return main(words)
     except SystemExit as end:  # argparse
