@@ -28,7 +28,7 @@ BASE = dict(
     caption_column="text",
     resolution=128,
     max_sequence_length=20,
-    train_batch_size=5,
+    train_batch_size=8,
     max_train_steps=100,
     learning_rate=4e-3,
     lr_scheduler="cosine",
@@ -61,7 +61,7 @@ CHANGES: dict[str, dict] = {
     "sigma squared in the loss": {"precondition_outputs": 1},
 }
 GUIDANCE = {"in full, guidance 3": 3.0, "before, guidance 3": 3.0}  # what is drawn otherwise than at 7
-COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the five pictures
+COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the eight pictures
 OTHERS = ("robot", "fox", "panda", "rocket", "mushroom", "star")
 
 
@@ -107,7 +107,7 @@ def taught(change: str, seed: int, folder: Path, **more):
 
 
 def _pictures(folder: Path, shuffled: bool, seed: int) -> Path:
-    """A copy of the five pictures; `shuffled` gives each picture the caption of another."""
+    """A copy of the eight pictures; `shuffled` gives each picture the caption of another."""
     copy = folder / "pictures"
     shutil.copytree(subject.PICTURES, copy)
     if shuffled:

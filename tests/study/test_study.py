@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sd3kit import records, study
+from sd3kit.dreambooth import subject
 from sd3kit.study import drawing, store, teaching, training
 from sd3kit.study.__main__ import STUDIES, main
 from sd3kit.study.store import Study
@@ -180,5 +181,9 @@ def test_dreambooth_measured_again_in_part():
 def test_shuffled_captions_leave_no_picture_its_own(tmp_path):
     mixed = teaching._pictures(tmp_path, shuffled=True, seed=1) / "metadata.jsonl"
     rows = [json.loads(line) for line in mixed.read_text().splitlines()]
-    assert len(rows) == 5 and len({row["text"] for row in rows}) == 5
-    assert all(row["file_name"].removesuffix(".png") not in row["text"] for row in rows)
+    own = [json.loads(line) for line in (subject.PICTURES / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and {row["text"] for row in rows} == {row["text"] for row in own}
+    assert all(
+        row["file_name"] == mine["file_name"] and row["text"] != mine["text"]
+        for row, mine in zip(rows, own, strict=True)
+    )
