@@ -21,7 +21,7 @@ from sd3kit.loading import configs
 
 
 def fixed_loss(transformer, pipe) -> float:
-    """The loss on the five pictures with noise that no training of seed 0 has seen."""
+    """The loss on the eight pictures with noise that no training of seed 0 has seen."""
     options = Settings(**(SMALL | {"seed": 9}))
     samples = data.Samples([data.instance_rows(options)], options, 9, (16, 8, 8))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # the pipeline's own was set to its steps
@@ -214,7 +214,7 @@ def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatc
 def test_prior_preservation_draws_what_is_missing(tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
-    shutil.copy(f"{PICTURES}/pink.png", folder / "mine.png")
+    shutil.copy(f"{PICTURES}/small.png", folder / "mine.png")
     prior = dict(with_prior_preservation=True, class_data_dir=folder, class_prompt="a robot", num_class_images=2)
     assert run(tmp_path / "prior", **prior, max_train_steps=1) == 0
     drawn = sorted(p.name for p in folder.glob("*.png"))

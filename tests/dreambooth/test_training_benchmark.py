@@ -33,7 +33,7 @@ def test_every_row_has_its_time_peak_and_loss_or_says_why_not(tmp_path, capsys, 
         "import sys\nfrom pathlib import Path\nfrom PIL import Image\n"
         "from sd3kit.dreambooth.__main__ import main\nfrom sd3kit.dreambooth.settings import parse\n"
         "pictures = [Image.open(path) for path in Path(parse().instance_data_dir).iterdir()]\n"
-        "assert len(pictures) == 5 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
+        "assert len(pictures) == 8 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
     )
     out = tmp_path / "records.jsonl"
     options = ["--steps=4", "--resolution=64", f"--out={out}", "--sets", "equal", "NF4", "--weights=random"]

@@ -70,14 +70,14 @@ def test_latents_stay_with_their_captions(pipe):
     samples = data.Samples([rows], options, 0, (16, 8, 8))
     samples.cache(pipe.vae)
     own = {row.caption: samples.cached[0][i][0] for i, row in enumerate(rows)}
-    assert len(own) == 5
+    assert len(own) == 8
     for n in range(12):
         (part,) = samples[n]
         assert torch.equal(part["mean"], own[part["caption"]])
         pixels = data.to_pixels(next(r for r in rows if r.caption == part["caption"]).open(64), options, None)
         found = pipe.vae.encode(pixels[None].to(pipe.device)).latent_dist.mean[0].cpu()
         assert torch.allclose(found, part["mean"], atol=1e-4)
-    assert sorted(samples.row(0, n) for n in range(5)) == list(range(5))
+    assert sorted(samples.row(0, n) for n in range(8)) == list(range(8))
 
 
 def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path, pipe):
@@ -99,7 +99,7 @@ def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path, pipe):
     options = Settings(**(SMALL | square | {"repeats": 3}))
     samples = data.Samples([data.instance_rows(options)], options, 0, (16, 8, 8))
     samples.cache(vae)
-    assert len(calls) == 5 and len(samples.cached[0]) == 15  # a picture that counts three times is encoded once
+    assert len(calls) == 8 and len(samples.cached[0]) == 24  # a picture that counts three times is encoded once
     cached, anew = (tmp_path / name for name in ("cached", "anew"))
     assert run(cached) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +110,7 @@ def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path, pipe):
 
 def test_captions_of_text_files(tmp_path):
     for name in ("one", "two"):
-        shutil.copy(f"{PICTURES}/pink.png", tmp_path / f"{name}.png")
+        shutil.copy(f"{PICTURES}/small.png", tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
     options = Settings(**(SMALL | {"instance_data_dir": str(tmp_path), "caption_column": None, "repeats": 2}))
     assert [row.caption for row in data.instance_rows(options)] == ["caption one"] * 2 + ["caption two"] * 2
