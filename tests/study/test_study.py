@@ -172,10 +172,16 @@ def test_the_mean_of_the_samplers_is_right():
     assert training.SAMPLERS["lognorm(1, 0.6)"](20_000).mean() > 0.65
 
 
-def test_dreambooth_measured_again_in_part():
-    stored, again = stored_row("dreambooth", change="base", seed=0), teaching.dreambooth({"change": "base", "seed": 0})
-    for name in ("our robot", "background", "others kept", "others turned into it"):
+def test_dreambooth_measured_again_in_part(tmp_path):
+    """The control again, with fewer pictures; and that what a training taught is in the pipeline that is measured."""
+    row = {"change": "before", "seed": 0, "guidance": 7.0}
+    stored, again = stored_row("dreambooth", **row), teaching.dreambooth(row, count=4)
+    for name in ("our robot", "background", "others kept", "robots turned into it"):
         assert shares_agree(stored[name], again[name], again[name]["n"]), name
+    assert again["drift"]["mean"] == 0
+    taught = teaching.taught("base", 0, tmp_path, max_train_steps=1, train_batch_size=1, resolution=64)
+    learnt = [value for name, value in taught.transformer.named_parameters() if "lora_B" in name]
+    assert len(learnt) > 50 and any(value.abs().max() > 0 for value in learnt)
 
 
 def test_shuffled_captions_leave_no_picture_its_own(tmp_path):
