@@ -1,13 +1,13 @@
 """The command line: a picture comes out, and a wrong argument gets one sentence and no traceback."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 
 import pytest
+import warm
 from PIL import Image
 
 from sd3kit.command import cli
@@ -71,14 +71,10 @@ def test_a_file_of_prompts_fills_a_folder_and_goes_on_where_it_stopped(tmp_path,
 
 
 def test_two_processes_share_a_file_of_prompts(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sd3kit"]
-    done = subprocess.run(
-        [*command, "generate", *many(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = warm.launch("sd3kit", "generate", *many(tmp_path))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
-    assert "2/2" in done.stderr  # the bar of the first process: its half
+    assert "2/2" in first.stderr  # its half
 
 
 def test_reset_keeps_every_copy_of_a_lesson(tmp_path, capsys):

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
+import warm
 from runs import SMALL, environment, losses, one_sentence, run, words
 
 from sd3kit import files
@@ -77,10 +76,7 @@ def test_ten_kills_change_nothing(tmp_path):
         max_train_steps=24, checkpointing_steps=2, checkpoints_total_limit=3, lora_dropout=0.2, random_flip=True
     )
     words_ = words(SMALL | more)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(words_), str(tmp_path)],
-        env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = warm.run("-c", KILLED, json.dumps(words_), tmp_path, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     codes, seen = json.loads(done.stdout.splitlines()[-1])
     assert codes == [-9] * 10 + [0], codes
@@ -98,13 +94,9 @@ def test_ten_kills_change_nothing(tmp_path):
 
 def test_two_processes_equal_one_with_the_same_total_batch(tmp_path):
     more = dict(max_train_steps=3, checkpointing_steps=3, learning_rate=1e-3, random_flip=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = words(SMALL | more | {"output_dir": tmp_path / "two"})
-    done = subprocess.run(
-        [*command, "-m", "sd3kit.dreambooth", *arguments],
-        env=environment(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.launch("sd3kit.dreambooth", *arguments, env=environment(ACCELERATE_USE_CPU="true")):
+        assert done.returncode == 0, done.stderr[-2000:]
     assert run(tmp_path / "one", **more, train_batch_size=2) == 0
     assert run(tmp_path / "accumulated", **more, gradient_accumulation_steps=2) == 0
     ranks = {name: len(list((tmp_path / name / "checkpoint-3").glob("random_states_*.pkl"))) for name in ("one", "two")}

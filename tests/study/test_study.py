@@ -1,10 +1,9 @@
 """Studies: rows are stored once, continued, spread, and say the same when they are measured again."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import warm
 
 from sd3kit import records, study
 from sd3kit.study import drawing, store, teaching, training
@@ -60,15 +59,13 @@ def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
 
 
 def test_two_processes_share_the_rows(tmp_path):
-    script = tmp_path / "squares.py"
-    script.write_text(
+    script = (
         "import os, pathlib, sys\nfrom sd3kit.study.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.launch("-c", script, tmp_path):
+        assert done.returncode == 0, done.stderr[-2000:]
     stored = study.load("squares", tmp_path)
     assert sorted((r["row"]["n"], r["found"]["by"]) for r in stored) == [(0, "0"), (1, "0"), (2, "1"), (3, "1")]
 
