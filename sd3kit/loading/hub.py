@@ -86,8 +86,8 @@ def _or_copy(name: str, source: str, online: Callable[[], Any], offline: Callabl
             with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
                 there = Path(offline())
                 if "OfflineModeIsEnabled" not in kinds:  # which a person has asked for
-                    note = f"the Hub could not be asked ({type(error).__name__}); the copy of {name} here is used."
-                    print(f"sd3kit: {note}", file=sys.stderr)
+                    why = sentence.partition(": ")[0].partition(", ")[0]
+                    print(f"sd3kit: {why}; the copy of {name} here is used.", file=sys.stderr)
                 return there
         # h11 and httpx quote a header that they refuse, and that may be the token
         raise LoadError(sentence) from (None if "LocalProtocolError" in kinds else error)
@@ -221,9 +221,9 @@ SENTENCES = (
         "use nano, which needs none."),
     ("SSLError SSLCertVerificationError", "The certificate of {place} is not trusted here: check the clock and the "
         "network's sign-in page."),
-    ("ConnectionError NetworkError ProxyError LocalEntryNotFoundError OfflineModeIsEnabled", "{name} is not on this "
-        "machine and {hub} cannot be reached: check the network, or use nano, which needs none."),
-    ("OSError HTTPError HfHubHTTPError", "{name} could not be fetched from the Hub ({error}): look at {page}."),
+    ("ConnectionError NetworkError ProxyError LocalEntryNotFoundError OfflineModeIsEnabled", "{hub} cannot be reached, "
+        "and {name} is not on this machine: check the network, or use nano, which needs none."),
+    ("OSError HTTPError HfHubHTTPError", "{hub} did not give {name}, and says no more than {error}: look at {page}."),
 )  # fmt: skip
 
 

@@ -148,10 +148,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(1)
 
     def bye(self):
-        """From here on nobody listens."""
+        """From here on nobody listens, also not for the moment that the waiting for questions still lasts."""
+        self.server.shutdown()
         self.server.socket.close()
-        self.answer(404, X_Error_Code="RepoNotFound")
-        self.close_connection = True
+        self.answer(404, X_Error_Code="RepoNotFound", Connection="close")
 
     def silent(self):
         time.sleep(60)
