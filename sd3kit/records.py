@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .errors import UserError
 from .files import check_writable, unwritable, write_whole
 from .loading.device import processes
 from .loading.names import NANO
@@ -101,23 +102,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class RecordError(UserError, ValueError):
+    """A file of records that is damaged, or is none; the message is one sentence."""
+
+
 def read(path: str | os.PathLike) -> list[dict]:
     """The records of a file of JSON lines; none where there is no file. A last line that was cut short is left out.
 
     Raises:
-        ValueError: a damaged line before the last.
+        RecordError: the file cannot be read, or a line before the last is no record.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}): give another file.") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"Line {number} of {path} is damaged: delete it and measure again.") from None
+            records[-1]["row"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):  # what follows the last line's end is nothing, or was cut short
+                raise RecordError(f"Line {number} of {path} is no record: mend it, or give another file.") from None
+            del records[number - 1 :]
     return records
 
 
@@ -150,7 +159,7 @@ def study(
 
     Raises:
         UserError: the file cannot be written; before anything is measured, as far as that can be seen.
-        ValueError: a damaged line in the file.
+        RecordError: a damaged line in the file.
     """
     check_writable(path)
     path, identity, state = Path(path), json.loads(json.dumps(identity)), processes()

@@ -33,13 +33,14 @@ def load(name: str, folder: Path = records.RESULTS) -> list[dict]:
     return records.read(path)
 
 
-def run(name: str, study: Study, folder: Path = records.RESULTS) -> None:
+def run(name: str, study: Study, folder: str | Path = records.RESULTS) -> None:
     """Measure the rows that are not stored yet for these weights; rows of other weights go.
 
     Raises:
         UserError: the folder or the file cannot be written.
     """
     check_writable(folder, folder=True)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     records.study(
         study.rows,

@@ -5,6 +5,7 @@ and a fragment of what is said. Nothing may be written and no model loaded.
 """
 
 import errno
+import io
 import os
 import re
 import shlex
@@ -16,6 +17,9 @@ import pytest
 from sd3kit import files, teach
 from sd3kit.command import cli
 from sd3kit.loading import pipeline
+from sd3kit.measuring import bench
+from sd3kit.study import __main__ as study
+from sd3kit.study import drawing, teaching
 
 LONG = "n" * 300
 LINES = {
@@ -94,6 +98,57 @@ LINES = {
     "teach strip lesson -o file": "a file is where its folder should be",
     f"teach strip lesson -o {LONG}": "name is too long",
     "teach strip lesson -o /proc/x": "cannot be written",
+    "measure": "required: study",
+    "measure nothing": "invalid choice: 'nothing'",
+    "measure memory --rows": "expected at least one argument",
+    "measure memory --rows magic": "no row 'magic' in memory",
+    "measure speed --rows ''": "no row '' in speed",
+    "measure memory --steps 0": "--steps must be 1 to 1000",
+    "measure memory --steps nan": "invalid int value",
+    "measure memory --steps 1000000000000": "--steps must be 1 to 1000",
+    "measure memory --calls 0": "--calls must be 1 to",
+    "measure memory --calls -1": "--calls must be 1 to",
+    "measure memory --warmup -1": "--warmup must be 0 to",
+    "measure memory --warmup 1000000": "--warmup must be 0 to",
+    "measure memory --size 100": "divisible by 16",
+    "measure memory --size 0": "at least 64",
+    "measure memory --size -64": "at least 64",
+    "measure memory --size 128 100": "divisible by 16, .*not 100",
+    "measure memory --size 1000000000000": "at most 8192",
+    "measure memory --size 272": "places for 256 pixels",
+    "measure memory --size": "expected at least one argument",
+    "measure memory --dtype float64": "invalid choice: 'float64'",
+    "measure memory --weights none": "invalid choice: 'none'",
+    "measure memory --weights random --model a/b": "random weights are there for",
+    "measure memory --cap-gb nan": "--cap-gb needs",
+    "measure memory --cap-gb -1": "--cap-gb needs",
+    "measure memory --cap-gb inf": "--cap-gb needs",
+    "measure memory --model nanoo": "did you mean nano",
+    "measure memory --model folder": "no model_index.json",
+    "measure memory --model a/b": "a/b is not on this machine",
+    f"measure memory --model {LONG}": "no model or folder",
+    "measure memory --out ''": "name of the place to write to is empty",
+    "measure memory --out folder": "it is a folder",
+    "measure memory --out no/x.jsonl": "folder is not there",
+    "measure memory --out file/x.jsonl": "a file is where its folder should be",
+    f"measure memory --out {LONG}": "name is too long",
+    "measure memory --out /proc/x": "cannot be written",
+    "measure memory --out torn.jsonl": "Line 1 of torn.jsonl is no record",
+    "measure memory --out binary": "binary cannot be read|Line 1 of binary is no record",
+    "measure memory --out list.jsonl": "Line 1 of list.jsonl is no record",
+    "measure bytes --model nano": "are accounted for medium",
+    "measure bytes --out torn.jsonl": "Line 1 of torn.jsonl is no record",
+    "study": "required: NAME",
+    "study nothing": "invalid choice: 'nothing'",
+    "study ''": "invalid choice: ''",
+    "study encoders --out ''": "is empty",
+    "study encoders --out file": "a file is where its folder should be",
+    "study encoders --out file/x": "a file is where its folder should be",
+    f"study encoders --out {LONG}": "name is too long",
+    "study encoders --out /proc/x": "cannot be written",
+    "study encoders --out torn": "Line 1 of torn/encoders.jsonl is no record",
+    "study encoders nothing": "invalid choice: 'nothing'",
+    "teach seats --out torn.jsonl": "Line 1 of torn.jsonl is no record",
     "teach seats --learners 0": "must be 1 or more",
     "teach seats --learners nan": "invalid int value",
     "teach seats --threads 0": "must be 1 or more",
@@ -111,15 +166,18 @@ def place(folder):
     (folder / "file").touch()
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "prompts.txt").write_text("a fox\n")
-    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "binary").write_bytes(b"\xff\xfe\x00\n")
     (folder / "large.txt").write_text("a fox\n" * 2_000_000)
     (folder / "long.txt").write_text("a" * 20_000)
+    (folder / "torn.jsonl").write_text('{"row"\n{"row": 1}\n')
+    (folder / "list.jsonl").write_text('[]\n{"row": 1}\n')
     (folder / "many.txt").write_text("a fox\n" * 11)
     (folder / "lesson").mkdir()
     (folder / "lesson" / "03_x.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4}')
     for name, settings in (("torn", "{"), ("other", '{"model": 0, "negative_prompt": "", "steps": 3}')):
         (folder / name).mkdir()
         (folder / name / "settings.json").write_text(settings)
+    (folder / "torn" / "encoders.jsonl").write_text('{"row"\n{"row": 1}\n')
     from sd3kit.loading.names import NANO
 
     (folder / "other" / "settings.json").write_text(f'{{"model": "{NANO}", "negative_prompt": "", "steps": 3}}')
@@ -143,7 +201,8 @@ def shared(tmp_path_factory):
 
 def typed(line):
     words = shlex.split(line)
-    main, words = (teach.main, words[1:]) if words[:1] == ["teach"] else (cli.main, words)
+    others = {"teach": teach.main, "study": study.main}
+    main, words = (others[words[0]], words[1:]) if words and words[0] in others else (cli.main, words)
     try:
         return main(words)
     except SystemExit as end:  # argparse
@@ -153,7 +212,8 @@ def typed(line):
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:60])
 def test_a_bad_line_is_one_sentence(line, shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    monkeypatch.setattr(pipeline, "load", lambda *args, **more: pytest.fail("a model was loaded"))
+    for module in (pipeline, bench, drawing, teaching):
+        monkeypatch.setattr(module, "load", lambda *args, **more: pytest.fail("a model was loaded"))
     before = contents(shared)
     assert typed(line) == 2
     said = capsys.readouterr().err
@@ -233,10 +293,12 @@ def test_a_prompt_of_bytes_that_are_no_text(tmp_path, capsys):
     assert "no UTF-8 text" in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away(shared):
-    done = subprocess.run(
-        ["bash", "-c", '"$0" -m sd3kit.teach strip "$1" -o "$2" | true; exit ${PIPESTATUS[0]}',
-         sys.executable, shared / "lesson", shared / "stripped"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode in (0, 141) and done.stderr == ""
+class Gone(io.StringIO):
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away(shared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert teach.main(["strip", str(shared / "lesson"), "-o", str(tmp_path / "out")]) == 141
+    assert capsys.readouterr().err == ""
