@@ -118,7 +118,7 @@ class Reset:
         from sd3kit import files
         from sd3kit.command.reset import reset
 
-        for number in range(20):
+        for _ in range(20):
             files.write_whole(self.lesson, f"answers {time.time_ns()} " * 999)
             files.write_whole(self.said, self.lesson.read_text())
             reset("03", self.folder)

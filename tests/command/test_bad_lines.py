@@ -219,7 +219,7 @@ def test_a_bad_line_is_one_sentence(line, shared, monkeypatch, capsys):
     said = capsys.readouterr().err
     last = said.strip().splitlines()[-1]
     assert re.search(LINES[line], last) and (said.startswith("usage:") or said.count("\n") == 1)
-    assert len(last) < 600 and contents(shared) == before
+    assert len(last) < 700 and contents(shared) == before
 
 
 def git(folder, *words):
