@@ -99,10 +99,7 @@ def _first_answers(source: str, path: str, options: dict) -> str:
 
     def ask() -> str:
         if not options.get("local_files_only"):
-            try:
-                HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise Refused() from error  # JSON, but not a Hub's
+            HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
         return hf_hub_download(source, path, **options)
 
     with guarded(first=True):
@@ -139,7 +136,7 @@ def guarded(first: bool = False) -> Iterator[None]:
     """Watch what huggingface_hub asks meanwhile: no token goes over plain http, and no wait is longer than patience.
 
     The hooks are those of its HTTP client; they are taken off again. With `first`, an error of the server is not waited
-    out either.
+    out either, and an answer that is none of a Hub is `Refused`.
     """
     from huggingface_hub import get_session
 
@@ -151,6 +148,10 @@ def guarded(first: bool = False) -> Iterator[None]:
     }
     try:
         yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if first:  # JSON, but not a Hub's
+            raise Refused() from error
+        raise
     finally:
         client.event_hooks = before
 

@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 import traceback
 
 import pytest
+from huggingface_hub import constants, hf_api
 from misbehaving_hub import serving
 
 import sd3kit
+from sd3kit.dreambooth import DreamBoothError, Settings, reporting
 from sd3kit.loading import hub
 from sd3kit.loading.names import NANO
 
@@ -168,3 +171,42 @@ def test_names_that_the_hub_cannot_have():
     for name in ("a b/c", "a/b--c", f"a/{'b' * 300}", "ä/ö"):
         with pytest.raises(sd3kit.LoadError, match=r"no name of a model|cannot be reached"):
             sd3kit.load(name, quiet=True)
+
+
+PUSHES = {
+    "refused-token": "asks for a token, and none is sent over http",
+    "forbidden": r"\(403\)",
+    "rate": r"\(429\): try again in 61 minutes",
+    "error": r"error of its own \(500\)",
+    "html": "is not a Hub",
+    "a-list": "is not a Hub",
+    "cut": "(was cut|is not a Hub)",
+    "reset": "(was cut|cannot be reached)",
+    "circle": "in a circle",
+    "slow": "does not answer in time",
+    "bye": "has no model",
+    "gone": "cannot be reached",
+}
+
+
+def test_a_training_s_repository_is_asked_for_in_the_same_way(monkeypatch, capsys):
+    """Before the training: a good Hub, one that misbehaves, and one that is gone; the token stays here."""
+    monkeypatch.setattr(hub, "PATIENCE", 2.0)
+    monkeypatch.setattr(hub, "_warned", set())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(NANO) as (address, tokens):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        monkeypatch.setattr(hub, "_endpoint", lambda: (address, True))
+        given = {"push_to_hub": True, "hub_token": TOKEN}
+        assert reporting.create(Settings(hub_model_id="good", **given)) == "x/good"
+        for mode, words in PUSHES.items():
+            start = time.monotonic()
+            with pytest.raises(DreamBoothError, match=words) as caught:
+                reporting.create(Settings(hub_model_id=mode, **given))
+            assert time.monotonic() - start < 15
+            sentence = str(caught.value)
+            assert sentence.startswith(f"The Hub did not take {mode} (") and "\n" not in sentence, mode
+            assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    assert len(tokens) >= len(PUSHES) and not any(tokens)
+    assert "your token is not sent to 127.0.0.1" in capsys.readouterr().err
