@@ -18,6 +18,7 @@ from sd3kit import files, teach
 from sd3kit.command import cli
 from sd3kit.loading import pipeline
 from sd3kit.measuring import bench
+from sd3kit.recipe import __main__ as recipe
 from sd3kit.study import __main__ as study
 from sd3kit.study import drawing, teaching
 
@@ -149,6 +150,26 @@ LINES = {
     "study encoders --out torn": "Line 1 of torn/encoders.jsonl is no record",
     "study encoders nothing": "invalid choice: 'nothing'",
     "teach seats --out torn.jsonl": "Line 1 of torn.jsonl is no record",
+    "recipe": "required: command",
+    "recipe train --work file": "a file is where its folder should be",
+    "recipe train --work file/x": "a file is where its folder should be",
+    f"recipe train --work {LONG}": "name is too long",
+    "recipe train --work /proc/x": "cannot be written",
+    "recipe train --work w --out file": "a file is where its folder should be",
+    "recipe train --subjects 1": "--subjects must be 2 to",
+    "recipe train --subjects 1000000000": "--subjects must be 2 to",
+    "recipe train --flow-minutes nan": "--flow-minutes must be",
+    "recipe train --vae-minutes inf": "--vae-minutes must be",
+    "recipe train --text-minutes -1": "--text-minutes must be|expected one",
+    "recipe train --work w --out o --start folder": "folder is no pipeline's folder",
+    "recipe turbo --minutes 0": "--minutes must be",
+    "recipe turbo --work w --out file": "a file is where its folder should be",
+    "recipe evaluate --count 0": "--count must be 1 to",
+    "recipe evaluate --count -5": "--count must be 1 to",
+    "recipe evaluate --model nanoo --no-floors": "did you mean nano",
+    "recipe sheets file": "a file is where its folder should be",
+    "recipe sheets /proc/x": "cannot be written",
+    "recipe sheets": "required: folder",
     "teach seats --learners 0": "must be 1 or more",
     "teach seats --learners nan": "invalid int value",
     "teach seats --threads 0": "must be 1 or more",
@@ -201,7 +222,7 @@ def shared(tmp_path_factory):
 
 def typed(line):
     words = shlex.split(line)
-    others = {"teach": teach.main, "study": study.main}
+    others = {"teach": teach.main, "study": study.main, "recipe": recipe.main}
     main, words = (others[words[0]], words[1:]) if words and words[0] in others else (cli.main, words)
     try:
         return main(words)
