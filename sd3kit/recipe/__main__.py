@@ -149,10 +149,8 @@ def judge(options: argparse.Namespace) -> int:
 def sheets(options: argparse.Namespace) -> int:
     pipe = load(options.model)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, sheet in (
-        ("nano", evaluate.showcase(pipe)),
-        ("nano_held_out", evaluate.best_median_worst(pipe, Judge())),
-    ):
+    drawn = {"nano": evaluate.showcase(pipe), "nano_held_out": evaluate.best_median_worst(pipe, Judge())}
+    for name, sheet in drawn.items():
         sheet.image.save(stored := io.BytesIO(), "PNG", optimize=True)
         write_whole(options.folder / f"{name}.png", stored.getvalue())
     return 0
