@@ -33,9 +33,9 @@ lab: $(VENV)/lab
 # The page's two libraries come from npm; a real model needs a server and the explorers.
 app: $(VENV)/app
 	$(PIP) install -q --no-deps -e .
-	@if [ -n "$$SD3KIT_MODEL" ]; then $(BIN)/python -m sd3kit.explore; \
+	@if [ -n "$$SD3KIT_MODEL" ]; then $(BIN)/voila site/explorers.ipynb; \
 	elif command -v npm >/dev/null; then $(BIN)/python site/serve.py; \
-	else echo "There is no npm (Node.js), so this is the explorer and not the page."; $(BIN)/python -m sd3kit.explore; fi
+	else echo "There is no npm (Node.js), so this is the explorer and not the page."; $(BIN)/voila site/explorers.ipynb; fi
 
 test: $(VENV)/ready
 	$(PIP) install -q --no-deps --force-reinstall .

@@ -1,7 +1,8 @@
 """Learn Stable Diffusion 3: a small real SD3 in the package, and thin helpers around diffusers.
 
-`load` gives a plain diffusers pipeline. Each package begins with what it is for and where to start reading; from the
-bottom up: `loading`, `records`, `lesson`, `recipe`, `measuring`, `dreambooth`, `study`, `explore`, `command`.
+`load` gives a plain diffusers pipeline. Each package begins with what it is for, what it may import and where to start
+reading; from the bottom up: `errors`, `files`; `loading`; `pictures`, `records`; `lesson`; `recipe`; `measuring`;
+`dreambooth`; `study`; `explore`; `command`, `teach`.
 """
 
 import logging

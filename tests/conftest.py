@@ -3,8 +3,11 @@
 import gc
 import os
 import random
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as sd3kit does
+sys.path.append(str(Path(__file__).parents[1]))  # for `studies`; at the end, so that sd3kit is the installed one
 
 import numpy as np
 import pytest

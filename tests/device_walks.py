@@ -17,7 +17,8 @@ from sd3kit.lesson import attention, show
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import autoencoder, evaluate, flow, pool, reading, scenes, text
 from sd3kit.recipe.judge import Judge
-from sd3kit.study import drawing, training
+from sd3kit.study import overlap
+from studies import drawing, training
 
 QUICK = {"num_inference_steps": 2, "width": 64, "height": 64}
 PROMPT = "a fox on a blue background"
@@ -187,7 +188,7 @@ def test_studies(pipe, monkeypatch):
     assert training.distance(network, 1) > 0
     assert training.qk_norm({"seed": 0, "qk_norm": "rms_norm", "rate": 1e-3}, steps=1)["largest logit"] > 0
     assert len(drawing.draw_encoded(pipe, [PROMPT], "1", **QUICK)) == 1
-    assert drawing.overlap(torch.rand(8, 8, device=pipe.device), np.ones((128, 128), bool)) > 0
+    assert overlap(torch.rand(8, 8, device=pipe.device), np.ones((128, 128), bool)) > 0
 
 
 def test_dreambooth(device, tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ class Study(Records):
         self.path, self.most = folder / "squares.jsonl", 0
 
     def work(self):
-        from sd3kit.study import store
+        sys.path.append(str(Path(__file__).parents[1]))
+        from studies import store
 
         store.run("squares", store.Study("squares", ROWS, slowly), self.path.parent)
 

@@ -12,6 +12,12 @@ WRONG = {
             ("guided = lambda a, b, w: b + w * (b - a)", "start from the empty prompt"),
             ("guided = lambda a, b, w: None", "add return"),
         ],
+        [
+            ("wide = (side, side // 2 + 8)", "multiples of 16"),
+            ("wide = (side // 2, side)", "width comes first"),
+            ("wide = (side * 2, side)", "should be near side x side"),
+            ("wide = (side, side)", "near 16 / 9"),
+        ],
         [("run = 28", "skips the first steps"), ("run = 3", "share of the steps")],
     ],
     "01_architecture": [
@@ -31,9 +37,14 @@ WRONG = {
         [
             ("per_word = 0.5", "give a dictionary"),
             (
-                "per_word = {w: weights[:, :, places[w], :n].mean().item() for w in ('fox', 'blue', 'background')}",
+                "per_word = {w: weights[:, places[w], :n].mean().item() for w in ('fox', 'blue', 'background')}",
                 "the way back",
             ),
+        ],
+        [
+            ("clips_alone = 0.463", "whatever the CLIPs do"),
+            ("clips_alone = 0.537 * 0.463**2", "one CLIP alone"),
+            ("clips_alone = 13.4", "between 0 and 1"),
         ],
     ],
     "02_sampling_and_shift": [

@@ -1,1 +1,4 @@
-"""The command line `sd3kit`. `cli` holds the parser; each command has a file. Start with `cli.py`."""
+"""The command line `sd3kit`: `cli` holds the parser, and each command has a file.
+
+May import everything else. Start with `cli.py`.
+"""

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from .. import __version__
@@ -16,16 +17,14 @@ from ..loading.names import MODELS, resolve
 
 def check() -> None:
     print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
-    device = pick_device()
+    device, memory = pick_device(), psutil.virtual_memory().total / 2**30
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 2**30
         print(f"GPU: {properties.name}, {memory:.1f} GiB")
     elif device == "mps":
-        memory = _ram()
         print(f"GPU: Apple, sharing {memory:.0f} GiB with the processor")
     else:
-        memory = _ram()
         print(f"GPU: none; processor with {os.cpu_count()} cores, {memory:.0f} GiB of memory")
     with contextlib.suppress(OSError, RuntimeError):  # there may be no home
         print(f"free disk in the home folder: {shutil.disk_usage(Path.home()).free / 2**30:.0f} GiB")
@@ -39,12 +38,6 @@ def check() -> None:
         else:
             verdict = "yes"
         print(f"  {name:<16} {size:6.2f} GiB in {str(dtype).removeprefix('torch.'):<9} {verdict}")
-
-
-def _ram() -> float:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return float("nan")
 
 
 def weight_bytes(name: str) -> int:

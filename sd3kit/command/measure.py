@@ -2,7 +2,6 @@
 
 sd3kit measure memory --model nano            every recipe of `sd3kit.measuring.recipes`
 sd3kit measure speed --model medium --weights random --size 512 1024
-sd3kit measure bytes                          accounted on the meta device, the same on every machine
 """
 
 import argparse
@@ -13,14 +12,13 @@ import shlex
 import sys
 
 from ..errors import UserError
-from ..loading import configs
 from ..loading.names import MODELS
 
 
 def add_parser(commands) -> None:
     """Add `measure` to the command line's subparsers."""
     parser = commands.add_parser("measure", help="measure memory or speed, and store the records of the lessons")
-    parser.add_argument("study", choices=("memory", "speed", "bytes"))
+    parser.add_argument("study", choices=("memory", "speed"))
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--weights", choices=("trained", "random"), default="trained", help="random needs no download")
     parser.add_argument(
@@ -63,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     from ..measuring.report import failure, table
     from ..measuring.speedups import SPEEDUPS
 
-    names = {"memory": RECIPES, "bytes": RECIPES, "speed": SPEEDUPS}[options.study]
+    names = {"memory": RECIPES, "speed": SPEEDUPS}[options.study]
     chosen = list(dict.fromkeys(options.rows or names))
     for row in chosen:
         if row not in names:
@@ -80,11 +78,8 @@ def run(options: argparse.Namespace) -> int:
     out = records.RESULTS / f"{options.study}.jsonl" if options.out is None else options.out
     check_writable(out)
     records.read(out)
-    if options.study == "bytes":
-        made = account(options, chosen, out)
-    else:
-        options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
-        made = measured(options, chosen, out, command(options))
+    options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
+    made = measured(options, chosen, out, command(options))
     print(table(made, options.study))
     failed = [r["row"] for r in made if failure(r)]
     if failed and (options.rows or len(failed) == len(made)):
@@ -102,23 +97,3 @@ def command(options: argparse.Namespace) -> str:
             words = map(str, value) if isinstance(value, list) else [shlex.quote(str(value))]
             given += [f"--{name.replace('_', '-')}", *words]
     return " ".join(["sd3kit measure", options.study, *given])
-
-
-UNUSED = ("weights", "steps", "calls", "warmup", "dtype", "cap_gb")  # by the accounting
-
-
-def account(options: argparse.Namespace, chosen: list[str], out: str | os.PathLike) -> list[dict]:
-    """Bytes of the real models by recipe, by default for one picture of 1024 pixels a side."""
-    from .. import records
-    from ..measuring.account import peaks
-    from ..measuring.bench import versions
-
-    models = [options.model] if options.model else list(configs.TRANSFORMER)
-    if models[0] not in configs.TRANSFORMER:
-        raise UserError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {models[0]!r}.")
-    found, words = [], command(argparse.Namespace(**vars(options) | dict.fromkeys(UNUSED)))
-    for model in models:
-        for size in options.size or [1024]:
-            identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": versions()}
-            found += records.study(chosen, lambda row, m=model, s=size: peaks(m, row, s), out, identity, words)
-    return found

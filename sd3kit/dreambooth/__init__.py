@@ -2,7 +2,7 @@
 
 `accelerate launch -m sd3kit.dreambooth --help` lists the options (`settings`; `checks` refuses what cannot be meant);
 `train` is the training loop, `data` says what it is fed, and `subject` draws the pictures that lesson 06 teaches nano.
-May import `loading`, `records`, `recipe`, `pictures` and `files`.
+May import `loading`, `records`, `recipe`, `pictures` and `files`. Start with `settings.py`.
 """
 
 from .settings import DreamBoothError, Settings

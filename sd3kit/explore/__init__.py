@@ -2,8 +2,8 @@
 
 Each subject is a file with its function and its explorer, which has the same name in capitals: `TextToImage(pipe)` as
 the last line of a cell shows it. Functions need no widgets. `drawing` draws, `drawn` is what comes out (`from_png`
-brings back the settings that are stored in a picture), `explorer` is what all explorers share. `python -m
-sd3kit.explore` serves two of them as a page. Start with `text.py`.
+brings back the settings that are stored in a picture), `explorer` is what all explorers share. May import `lesson`,
+`loading`, `pictures` and `files`. Start with `text.py`.
 """
 
 # ruff: noqa: F401  (the names below are the package's own)
@@ -13,7 +13,6 @@ from .drawn import Drawn, from_png
 from .encoding import Encoders, encoders
 from .explorer import Explorer
 from .image import ImageToImage, image_to_image, inpaint, mask
-from .quick import page
 from .shift import Schedule, curve, schedule, sigmas
 from .text import TextToImage, text_to_image
 from .words import Attention, attention, heat

@@ -12,6 +12,21 @@ from .explorer import Explorer
 NAMES = {"1": "CLIP L/14", "2": "OpenCLIP bigG/14", "3": "T5"}
 
 
+def without(pipe, embeds: torch.Tensor, pooled: torch.Tensor, encoders: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompt's embeddings with the parts of the encoders that are not named (1, 2, 3) set to zero."""
+    one, two = pipe.text_encoder.config, pipe.text_encoder_2.config
+    embeds, pooled = embeds.clone(), pooled.clone()
+    if "1" not in encoders:
+        embeds[:, :77, : one.hidden_size] = 0
+        pooled[:, : one.projection_dim] = 0
+    if "2" not in encoders:
+        embeds[:, :77, one.hidden_size : one.hidden_size + two.hidden_size] = 0
+        pooled[:, one.projection_dim :] = 0
+    if "3" not in encoders:
+        embeds[:, 77:] = 0
+    return embeds, pooled
+
+
 def encoders(pipe, prompt: str, keep: str = "123", **settings: Any) -> Drawn:
     """Draw with some of the text encoders: what the others say of the prompt is set to zero.
 
@@ -24,8 +39,6 @@ def encoders(pipe, prompt: str, keep: str = "123", **settings: Any) -> Drawn:
     Raises:
         ValueError: another `keep`, or as in `text_to_image`. Stopped: as in `text_to_image`.
     """
-    from ..study.drawing import without  # brings nano's judge along, which nothing else here needs
-
     if not isinstance(keep, str) or set(keep) - set(NAMES):
         raise ValueError(f'Keep some of "123", not {keep!r}.')
     full = filled(pipe, prompt, settings, keep="".join(sorted(set(keep))))

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .drawing import Watch
-from .drawn import Drawn, from_png, summary
-from .rounds import Rounds, one_line
+from .drawn import Drawn, summary
+from .rounds import Rounds
 from .showing import WIDTH, figures, image_html, side_by_side
 
 IDEAS = (
@@ -100,7 +100,6 @@ class Explorer(Rounds):
         view = [shared[name] for name in self.in_view if name in shared and name != "seed"]
         more = [one for name, one in shared.items() if name not in (*self.in_view, "prompt")]
         more += [self._seeds, self._compared, self._other, self._live]
-        more.append(ui.upload("Settings from a PNG", ".png", self._from_png))
         half = {"flex": "1 1 300px", "min_width": "260px"}
         left = ui.column(
             [*own, ui.row([shared["seed"], another]), *view, ui.folded({"More": ui.column(more)} | self.panes())],
@@ -138,11 +137,8 @@ class Explorer(Rounds):
         """The controls' values, by name."""
         return {name: one.value for name, one in self.inputs.items()}
 
-    def restore(self, settings: Mapping[str, Any]) -> list[str]:
-        """Set the controls that these settings name, without drawing.
-
-        Returns:
-            The names for which there is no control.
+    def restore(self, settings: Mapping[str, Any]) -> None:
+        """Set the controls that these settings name, such as `from_png`'s, without drawing; others are passed over.
 
         Raises:
             ValueError: a value that a control does not offer; the controls stay as they were.
@@ -159,7 +155,6 @@ class Explorer(Rounds):
         finally:
             self._held = False
         self.refresh()
-        return [name for name in settings if name not in before]
 
     def jobs(self) -> list[dict[str, Any]]:
         """The settings of each picture to draw: seed after seed, each beside the one that it is compared with.
@@ -178,17 +173,6 @@ class Explorer(Rounds):
             called = self.inputs[name].description.lower()
             raise ValueError(f"Type another value of {called} to compare with, not {text!r}.") from None
         return [job | change for job in made for change in ({}, other)]
-
-    def _from_png(self, data: bytes) -> None:
-        try:
-            unknown = self.restore(from_png(data))
-        except ValueError as error:
-            self.say(one_line(error), error=True)
-            return
-        if unknown:
-            self.say(f"This explorer has no {' or '.join(unknown)}: press Draw to use the other settings.")
-        else:
-            self.start()
 
     def _changed(self, _) -> None:
         if not self._held:

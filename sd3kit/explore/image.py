@@ -130,23 +130,13 @@ class ImageToImage(Explorer):
 
     title = "Image to image and inpainting"
 
-    def __init__(
-        self,
-        pipe,
-        image: Image.Image | None = None,
-        prompt: str = IDEAS[0],
-        *,
-        source: Explorer | None = None,
-        live: bool | None = None,
-    ):
+    def __init__(self, pipe, image: Image.Image | None = None, prompt: str = IDEAS[0], *, live: bool | None = None):
         """
         Args:
             image: the picture to change; one can be uploaded too.
-            source: an explorer whose picture can be taken over.
         """
         self.image = None if image is None else open_picture(image)
         self.mask_image: Image.Image | None = None
-        self._source = source
         super().__init__(pipe, prompt, live=live)
 
     def own(self):
@@ -157,8 +147,6 @@ class ImageToImage(Explorer):
             ui.upload("Picture", "image/*", lambda data: self._take(data, "image")),
             ui.upload("Mask (white is new)", "image/*", lambda data: self._take(data, "mask_image")),
         ]
-        if self._source is not None:
-            files.insert(0, ui.button("Take the picture above", "Change the last drawn picture", self._take_over))
         self._before = ui.HTML()
         return [ui.row(files), self._before, self.inputs["strength"], self.inputs["mask"]]
 
@@ -193,14 +181,6 @@ class ImageToImage(Explorer):
         self.refresh()
         cut = "" if taken.width == taken.height else f", of which the middle square is used ({min(taken.size)} pixels)"
         self.say(f"Taken: {taken.width} x {taken.height} pixels{cut}. Say what to draw, and press Draw.")
-
-    def _take_over(self) -> None:
-        if not self._source.shown:
-            self.say("There is no picture above yet: draw one first.", error=True)
-            return
-        self.image = self._source.shown[0].image
-        self.refresh()
-        self.start()
 
     def back(self, drawn, controls):
         self.image = drawn.data["image"]

@@ -20,21 +20,13 @@ _COMMON = dict(
     joint_attention_dim=4096,
     pooled_projection_dim=2048,
 )
+_MEDIUM = _COMMON | dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
 _LARGE = _COMMON | dict(
     num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
 )
 TRANSFORMER = {
-    "medium": _COMMON
-    | dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192),
-    "3.5-medium": _COMMON
-    | dict(
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
-    ),
+    "medium": _MEDIUM,
+    "3.5-medium": _MEDIUM | dict(pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
     "3.5-large": _LARGE,
     "3.5-large-turbo": _LARGE,
 }

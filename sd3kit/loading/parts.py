@@ -9,7 +9,7 @@ import importlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +167,8 @@ def examine(folder: Path, skip: set[str], variant: str | None) -> dict[str, tupl
     return found
 
 
-def load(folder: Path, found: dict[str, tuple[str, str]], variant: str | None, dtype: Callable[[str], dict]) -> dict:
+def load(folder: Path, found: dict[str, tuple[str, str]], variant: str | None, dtype: torch.dtype) -> dict:
     """Load the parts that `examine` found, each by its own class.
-
-    Args:
-        dtype: gives the argument of `from_pretrained` that sets the precision, for a library.
 
     Raises:
         Damaged: a part cannot be loaded, or not all of its weights are what its class needs.
@@ -184,14 +181,14 @@ def load(folder: Path, found: dict[str, tuple[str, str]], variant: str | None, d
     try:
         for name, (library, kind) in found.items():
             if library in LIBRARIES:
-                parts[name] = _part(folder, name, library, kind, variant, dtype(library))
+                parts[name] = _part(folder, name, library, kind, variant, dtype)
     finally:
         notes.set_verbosity(verbosity)
     _words_fit(folder, parts)
     return parts
 
 
-def _part(folder: Path, name: str, library: str, kind: str, variant: str | None, dtype: dict) -> Any:
+def _part(folder: Path, name: str, library: str, kind: str, variant: str | None, dtype: torch.dtype) -> Any:
     cls = getattr(importlib.import_module(library), kind, None)
     if cls is None:
         raise Damaged(folder / "model_index.json", f"asks for {kind}, which this {library} does not have")
@@ -200,7 +197,7 @@ def _part(folder: Path, name: str, library: str, kind: str, variant: str | None,
             return cls.from_pretrained(folder, subfolder=name)
         part, report = cls.from_pretrained(
             folder, subfolder=name, use_safetensors=True, output_loading_info=True,
-            variant=variant_of(folder, name, variant), **dtype,
+            variant=variant_of(folder, name, variant), dtype=dtype,
         )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise

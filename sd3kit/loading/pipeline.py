@@ -1,7 +1,6 @@
 """`load`: a plain diffusers pipeline for nano, the real SD3 models, or any folder."""
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from . import configs, hub, parts
 from .device import check_device, pick_device, pick_dtype
@@ -55,7 +53,7 @@ def load(
     source = resolve(name)
     device = pick_device() if device is None else check_device(device)
     picked, reason = pick_dtype(name, device)
-    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # its name before diffusers 0.40
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # the argument's older name
     if dtype is None:
         dtype = picked
     else:
@@ -95,25 +93,6 @@ def undisturbed(local: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype | None]:
-    """The precision as an argument of diffusers' `from_pretrained`: before 0.40 `dtype` is ignored without a word."""
-    return {"dtype" if Version(importlib.metadata.version("diffusers")) >= Version("0.40.0") else "torch_dtype": dtype}
-
-
-def with_dtype(cls: type) -> type:
-    """A diffusers class whose `from_pretrained` takes `dtype`: itself, or before 0.40 a subclass that passes it on."""
-    if "dtype" in dtype_argument(None):
-        return cls
-
-    class Older(cls):
-        @classmethod
-        def from_pretrained(cls, *args, dtype=None, **kwargs):
-            return super().from_pretrained(*args, **dtype_argument(dtype), **kwargs)
-
-    Older.__name__ = cls.__name__  # diffusers knows its pipelines by name
-    return Older
-
-
 def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: dict):
     local = Path(source).is_dir()
     options = {key: kwargs[key] for key in hub.OPTIONS if key in kwargs}
@@ -129,13 +108,15 @@ def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: di
             if not local:
                 folder = hub.folder(name, source, variant, given, **options)
             found = parts.examine(folder, given, variant)
-            loaded = {} if theirs else parts.load(folder, found, variant, lambda library: _precision(library, dtype))
+            loaded = {} if theirs else parts.load(folder, found, variant, dtype)
             if not theirs:
-                kwargs |= loaded | _precision("diffusers", dtype)
-                pipe = StableDiffusion3Pipeline.from_pretrained(folder, use_safetensors=True, **kwargs)
+                pipe = StableDiffusion3Pipeline.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=True, **kwargs | loaded
+                )
         if theirs:
-            kwargs |= {"variant": variant, **_precision("diffusers", dtype)}
-            pipe = StableDiffusion3Pipeline.from_pretrained(folder, use_safetensors=True, **kwargs)
+            pipe = StableDiffusion3Pipeline.from_pretrained(
+                folder, dtype=dtype, variant=variant, use_safetensors=True, **kwargs
+            )
         if "device_map" not in kwargs:
             pipe.to(device)
         parts.check_finite(folder, loaded)
@@ -144,10 +125,6 @@ def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: di
         raise LoadError(_again(error, name, source, folder, local)) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
-
-
-def _precision(library: str, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
-    return dtype_argument(dtype) if library == "diffusers" else {"dtype": dtype}
 
 
 def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bool) -> str:
@@ -162,15 +139,27 @@ def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bo
     return f"{error.path} {error.what}: copy it again from where it came from, or save the pipeline again."
 
 
+def build(model: str, part: str) -> torch.nn.Module:
+    """A part of a model of `configs` at its true size, on torch's default device and in its default precision.
+
+    Its weights are random. All parts but the transformer are the same in all models.
+    """
+    import diffusers
+    import transformers
+
+    if part == "transformer":
+        return diffusers.SD3Transformer2DModel(**configs.TRANSFORMER[model])
+    if part == "vae":
+        return diffusers.AutoencoderKL(**configs.VAE)
+    if part == "text_encoder_3":
+        return transformers.T5EncoderModel(transformers.T5Config(**configs.T5_XXL))
+    config = configs.CLIP_L if part == "text_encoder" else configs.CLIP_G
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config))
+
+
 def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     """The pipeline of a name at its true size, its weights drawn at random on the device itself."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
     if name == "nano":
@@ -185,12 +174,9 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                parts["transformer"] = SD3Transformer2DModel(**configs.TRANSFORMER[name])
-                parts["vae"] = AutoencoderKL(**configs.VAE)
-                parts["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L))
-                parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G))
-                if kwargs.get("text_encoder_3", ...) is not None:
-                    parts["text_encoder_3"] = T5EncoderModel(T5Config(**configs.T5_XXL))
+                for part in [part for part, module in parts.items() if isinstance(module, torch.nn.Module)]:
+                    if kwargs.get(part, ...) is not None:
+                        parts[part] = build(name, part)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise LoadError(
                 f"{name} does not fit on {device} in {dtype}: leave out the T5 (text_encoder_3=None)."

@@ -1,8 +1,7 @@
-"""Bytes of the real models by recipe, accounted on the meta device without a download.
+"""Bytes of the real models by part, accounted on the meta device without a download.
 
-What is accounted: the weights as a recipe stores them, the tensors alive in the forward pass of each part with the work
-space of the decoder's convolutions, and what loading takes. What is not: the memory of the CUDA context (some 0.5 GB),
-and fragmentation. `fit` gives advice from it.
+What is accounted: the weights as a recipe stores them, and the tensors alive in the forward pass of each part with the
+work space of the decoder's convolutions. `studies/accounting.py` makes peaks by recipe of it, from which `fit` advises.
 """
 
 import functools
@@ -11,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..loading import configs
-from .plan import ENCODERS, Recipe
-from .recipes import RECIPES
+from ..loading.pipeline import build
+from .plan import ENCODERS
 
 GIB = 2**30
 PARTS = (*ENCODERS, "transformer", "vae")
@@ -48,18 +46,9 @@ def _part(model: str, part: str) -> torch.nn.Module:
 
 @functools.cache
 def _built(model: str, part: str) -> torch.nn.Module:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    build = {
-        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G)),
-        "text_encoder_3": lambda: T5EncoderModel(T5Config(**configs.T5_XXL)),
-        "transformer": lambda: SD3Transformer2DModel(**configs.TRANSFORMER[model]),
-        "vae": lambda: _Decode(AutoencoderKL(**configs.VAE)),
-    }[part]
     with torch.device("meta"):
-        return build().to(torch.float16).eval()
+        module = build(model, part)
+        return (_Decode(module) if part == "vae" else module).to(torch.float16).eval()
 
 
 def weights(model: str, part: str, bits: float = 16, every_linear: bool = False, skips: tuple[str, ...] = ()) -> int:
@@ -70,7 +59,7 @@ def weights(model: str, part: str, bits: float = 16, every_linear: bool = False,
     bits, by a part of their name. NF4 takes 4.5 bits with its scales; those of 8 bits, below 1%, are left out.
     """
     total = 0
-    for name, layer, own, wide in _layers(model, part):
+    for name, layer, own, wide in layers(model, part):
         count = sum(tensor.numel() for tensor in own)
         if wide and not (every_linear and bits < 16):
             total += 4 * count
@@ -81,7 +70,7 @@ def weights(model: str, part: str, bits: float = 16, every_linear: bool = False,
     return total
 
 
-def _layers(model: str, part: str):
+def layers(model: str, part: str):
     """Each layer of a part: its name, itself, its own tensors, and whether these stay in float32."""
     module = _part(model, part)
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
@@ -90,10 +79,6 @@ def _layers(model: str, part: str):
         own = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if id(t) not in seen]
         seen.update(map(id, own))
         yield name, layer, own, name.rpartition(".")[2] in kept
-
-
-def _largest_layer(model: str, part: str) -> int:
-    return max((4 if wide else 2) * sum(t.numel() for t in own) for _, _, own, wide in _layers(model, part))
 
 
 def activations(model: str, part: str, size: int = 1024, tokens: int = 256) -> int:
@@ -132,91 +117,3 @@ def _alive(model: str, part: str, size: int, tokens: int) -> int:
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     held = {getattr(kind, "value", kind): size for kind, size in snapshot.items()}
     return held["Total"] - held["Parameter"] - held["Buffer"]
-
-
-def peaks(model: str = "medium", recipe: str = "default", size: int = 1024, steps: int = 20) -> dict:
-    """Accounted peaks of a recipe for one guided picture in float16, in bytes.
-
-    Returns:
-        `device` (the GPU), `stage` (the part that sets its peak, or "loading"), `loading` (the GPU's peak before the
-        first picture), `host` (the processor's memory, without libraries: what is loaded there first, or waits there),
-        and `moved` (what goes onto the GPU for one picture).
-
-    Raises:
-        ValueError: a model or recipe that is not known.
-    """
-    if recipe not in RECIPES:
-        raise ValueError(f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}.")
-    if model not in configs.TRANSFORMER:
-        raise ValueError(f"There is no model {model!r} to account: use one of {', '.join(configs.TRANSFORMER)}.")
-    plan = RECIPES[recipe]
-    parts = [part for part in PARTS if part not in plan.without]
-    held = {part: weights(model, part, plan.bits.get(part, 16), plan.every_linear, plan.skips) for part in parts}
-    alive = {part: activations(model, part, size // (plan.tiles if part == "vae" else 1)) for part in parts}
-    on_device = {part: _resident(plan, model, part, held) + alive[part] for part in parts}
-    on_device["loading"] = loading = _loading(plan, model, held)
-    stage = max(on_device, key=on_device.get)
-    host, moved = _host(plan, model, parts), _moved(plan, held, steps)
-    return {"device": on_device[stage], "stage": stage, "loading": loading, "host": host, "moved": moved}
-
-
-def _resident(plan: Recipe, model: str, part: str, held: dict[str, int]) -> int:
-    """Bytes of weights on the device while a part runs."""
-    if plan.keeps == "all":
-        return sum(held.values())
-    if plan.keeps == "stage":
-        encoding = part in ENCODERS
-        return sum(size for name, size in held.items() if (name in ENCODERS) == encoding)
-    if plan.keeps == "rest":
-        rest = sum(size for name, size in held.items() if name not in ENCODERS)
-        return rest + (_largest_layer(model, part) if part in ENCODERS else 0)
-    if plan.keeps == "part":
-        # the negative prompt is encoded after the prompt: the T5 is still there when the CLIPs run again
-        return held[part] + (held.get("text_encoder_3", 0) if part in ("text_encoder", "text_encoder_2") else 0)
-    if plan.keeps == "block" and part == "transformer":
-        return held[part] // len(_part(model, part).transformer_blocks) * 2  # one block, and what is in no block
-    return _largest_layer(model, part)
-
-
-def _loading(plan: Recipe, model: str, held: dict[str, int]) -> int:
-    """The most bytes on the device while a pipeline is loaded; a layer is there in 16 bits before it has fewer."""
-    if plan.keeps in ("part", "block", "leaf"):
-        return 0
-    there, most = 0, 0
-    for part in sorted(held, key=lambda part: part not in plan.bits):  # what has fewer bits is loaded first
-        if plan.keeps == "rest" and part in ENCODERS:
-            continue
-        packed = part in plan.bits and part in plan.straight
-        there = (0 if plan.keeps == "stage" and part == "transformer" else there) + held[part]
-        most = max(most, there + (_largest_layer(model, part) if packed else 0))
-    return most
-
-
-def _host(plan: Recipe, model: str, parts: list[str]) -> int:
-    """Bytes in the processor's memory: a pipeline is loaded there in full, then moved or made smaller."""
-    full = {part: weights(model, part) for part in parts if part not in plan.straight}
-    if plan.moves == "stream":  # from pinned memory, which torch gives out in powers of two
-        full |= {part: _pinned(model, part) for part in full if plan.keeps != "rest" or part in ENCODERS}
-    if plan.keeps == "stage":
-        encoders = sum(size for part, size in full.items() if part in ENCODERS)
-        return max(encoders, sum(full.values()) - encoders)
-    return sum(full.values())
-
-
-def _pinned(model: str, part: str) -> int:
-    sizes = [(4 if wide else 2) * t.numel() for _, _, own, wide in _layers(model, part) for t in own]
-    return sum(1 << (size - 1).bit_length() for size in sizes)
-
-
-def _moved(plan: Recipe, held: dict[str, int], steps: int) -> int:
-    """Bytes that go onto the device for a guided picture: the prompt and the empty one are encoded one by one."""
-    encoders = sum(size for part, size in held.items() if part in ENCODERS)
-    rest = sum(held.values()) - encoders
-    return {
-        "all": 0,
-        "stage": encoders + rest,
-        "rest": 2 * encoders,
-        "part": encoders + held["text_encoder"] + held["text_encoder_2"] + rest,  # the T5 stays for the empty prompt
-        "block": 2 * encoders + steps * held["transformer"] + held["vae"],
-        "leaf": 2 * encoders + steps * held["transformer"] + held["vae"],
-    }[plan.keeps]

@@ -265,7 +265,7 @@ class Bench:
             # what a speed-up sets for the whole process is put back after its row
             flags = {flag: getattr(inductor, flag) for flag in INDUCTOR_FLAGS}
             with inductor.patch(flags | {"force_disable_caches": True}):  # a first call is not one from the disk
-                extra = SPEEDUPS[name](pipe)
+                extra = SPEEDUPS[name](pipe) or {}
                 if name not in SAME_WORK:  # what does less work has a floor of its own
                     self.draw(pipe, 0, **extra)  # a cache may learn from a first picture
                     counted = protocol.count(lambda: self.draw(pipe, 0, **extra), _modules(pipe), self.device)

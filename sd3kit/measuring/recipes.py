@@ -15,15 +15,12 @@ from unittest import mock
 import diffusers
 import torch
 import transformers
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.hooks import apply_group_offloading
+from transformers import T5EncoderModel
 
-from ..loading.pipeline import undisturbed, with_dtype
+from ..loading.pipeline import undisturbed
 from .plan import ENCODERS, RECIPES, Recipe, recipe
-
-StableDiffusion3Pipeline = with_dtype(diffusers.StableDiffusion3Pipeline)
-SD3Transformer2DModel = with_dtype(diffusers.SD3Transformer2DModel)
-T5EncoderModel = transformers.T5EncoderModel
-
 
 # ---- the announcement's four ----------------------------------------------------------------------------------------
 

@@ -39,7 +39,6 @@ def failure(record: dict) -> str:
 TIMES = """Seconds: the median of a picture's, and the range. floor: the least that this machine could take for its
 operations. distance: from the default's pictures, of 255 (root mean square; 0 is the same picture)."""
 NOTES = {
-    "bytes": "GPU and RAM: accounted peaks, and which part sets the GPU's. moved: what goes to the GPU for a picture.",
     "memory": TIMES,
     "speed": f"""{TIMES} of eager's time: against
 the unchanged pipeline's right before and right after the row; both together give the range.""",
@@ -52,9 +51,6 @@ def table(rows: list[dict], study: str) -> str:
     for r in rows:
         if failure(r):
             figures = failure(r)
-        elif study == "bytes":
-            figures = f"GPU {r['device'] / GIB:6.2f} GiB ({r['stage']})   RAM {r['host'] / GIB:6.2f} GiB   "
-            figures += f"moved {r['moved'] / GIB:5.1f} GiB"
         else:
             figures = f"{r['median']:8.3f} s ({r['low']:.3f} to {r['high']:.3f}), floor {r['floor']:.3f} s, "
             figures += f"peak {r['device_peak'] / GIB:.3f} GiB, distance {r['distance']:.1f}"

@@ -1,7 +1,7 @@
 """Ways to make SD3 faster, each the few lines that one would write in a notebook.
 
-A speed-up takes a loaded pipeline, changes it, and returns what its call needs besides the prompt. Some change the
-picture; how much is measured with them. What a device lacks is one sentence.
+A speed-up takes a loaded pipeline, changes it, and returns what its call needs besides the prompt, if anything. Some
+change the picture; how much is measured with them. What a device lacks is one sentence.
 """
 
 import functools
@@ -49,7 +49,7 @@ def speedup(change: Callable) -> Callable:
 
 @speedup
 def eager(pipe):
-    return {}
+    pass
 
 
 @speedup
@@ -65,13 +65,11 @@ def compiled(pipe):
     pipe.vae.to(memory_format=torch.channels_last)
     pipe.transformer = torch.compile(pipe.transformer, mode="max-autotune", fullgraph=True)
     pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
-    return {}
 
 
 @speedup
 def compiled_plainly(pipe):
     pipe.transformer.compile(fullgraph=True)
-    return {}
 
 
 @speedup
@@ -79,20 +77,17 @@ def compiled_blocks(pipe):
     """compile_repeated_blocks for SD3: diffusers 0.42.1 does not name SD3's block, so we do."""
     pipe.transformer._repeated_blocks = ["JointTransformerBlock"]
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    return {}
 
 
 @speedup
 def cuda_graphs(pipe):
     need_cuda("CUDA graphs")  # on a processor this mode is accepted, and records none
     pipe.transformer.compile(mode="reduce-overhead", fullgraph=True)
-    return {}
 
 
 @speedup
 def channels_last(pipe):
     pipe.vae.to(memory_format=torch.channels_last)
-    return {}
 
 
 def attend_by(pipe, kernel):
@@ -111,14 +106,12 @@ def attend_by(pipe, kernel):
 def cudnn_attention(pipe):
     need_cuda("cuDNN's attention kernels", (8, 0))
     attend_by(pipe, SDPBackend.CUDNN_ATTENTION)
-    return {}
 
 
 @speedup
 def flash_attention(pipe):
     need_cuda("flash attention's kernels", (8, 0))
     attend_by(pipe, SDPBackend.FLASH_ATTENTION)
-    return {}
 
 
 @speedup
@@ -128,7 +121,6 @@ def attention_backend(pipe):
     processor = pipe.transformer.transformer_blocks[0].attn.processor
     if getattr(processor, "_attention_backend", None) is None:
         raise UserError("set_attention_backend does nothing on SD3: its processor calls torch's attention itself.")
-    return {}
 
 
 def quantise_dynamically(pipe, config):
@@ -147,7 +139,6 @@ def fp8_compiled(pipe):
 
     pipe.to(torch.bfloat16)  # scales a row are for bfloat16 alone
     quantise_dynamically(pipe, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    return {}
 
 
 @speedup
@@ -156,14 +147,13 @@ def int8_compiled(pipe):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     quantise_dynamically(pipe, Int8DynamicActivationInt8WeightConfig())
-    return {}
 
 
 @speedup
 def best(pipe):
     """The announcement's recipe with cuDNN's attention: the same picture, but for rounding."""
     cudnn_attention(pipe)
-    return compiled(pipe)
+    compiled(pipe)
 
 
 @speedup
@@ -172,20 +162,17 @@ def best_fp8(pipe):
     fp8_compiled(pipe)
     pipe.vae.to(memory_format=torch.channels_last)
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
-    return {}
 
 
 @speedup
 def fused_qkv(pipe):
     """Exact on SD3 Medium. On a model with QK-norm (SD3.5, nano) it drops the norm, and the picture with it."""
     pipe.transformer.fuse_qkv_projections()
-    return {}
 
 
 @speedup
 def bfloat16(pipe):
     pipe.to(torch.bfloat16)
-    return {}
 
 
 @speedup

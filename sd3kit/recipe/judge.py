@@ -19,6 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates.webp"
 _STORED = 40  # pixels of a stored template
 _SIDE = 24  # pixels of the square in which pictures and templates are compared
 _EDGE = 26  # how far from the background (0..255, in the strongest channel) a pixel belongs to the subject
+_NOTHING = -1e3  # what stands for no subject; no colour is near to it
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 WHOLE: Box = (0, 0, SIZE, SIZE)
@@ -56,32 +57,36 @@ def _pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
 
 
 def _mask(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Where the subject is: far from the background's colour, also as the mean of 3 x 3 pixels, so no lone speck."""
-    padded = np.pad(pixels - colour, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    height, width, _ = pixels.shape
-    mean = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+    """Where the subject is, from (..., H, W, 3): far from the background's colour as a mean of 3 x 3 pixels, so that
+    no lone speck counts."""
+    away = pixels - colour
+    padded = np.pad(away, [(0, 0)] * (away.ndim - 3) + [(1, 1), (1, 1), (0, 0)], mode="edge")
+    rows = padded[..., :-2, :, :] + padded[..., 1:-1, :, :] + padded[..., 2:, :, :]
+    mean = (rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]) / 9
     return np.abs(mean).max(-1) > _EDGE
 
 
-def _extent(filled: np.ndarray) -> tuple[int, int]:
-    """The first and last index that hold more than a speck."""
-    where = np.flatnonzero(filled > max(1, 0.05 * filled.max()))
-    return int(where[0]), int(where[-1]) + 1
+def _extents(filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first index that holds more than a speck, and the one after the last, of each row of counts (N, n)."""
+    holds = filled > np.maximum(1, 0.05 * filled.max(1, keepdims=True))
+    return holds.argmax(1), filled.shape[1] - holds[:, ::-1].argmax(1)
 
 
-def _normal(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray | None:
-    """The subject alone, centred and scaled to a square of fixed side; None where there is only background."""
-    mask = _mask(pixels, colour)
-    if mask.mean() < 0.01:
-        return None
-    (top, bottom), (left, right) = _extent(mask.sum(1)), _extent(mask.sum(0))
-    side = max(bottom - top, right - left)
-    square = np.empty((side, side, 3), np.float32)
-    square[:] = colour
-    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
-    square[y : y + bottom - top, x : x + right - left] = pixels[top:bottom, left:right]
-    image = Image.fromarray(square.round().astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    return np.asarray(image, np.float32)
+def _normal(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """From pictures (N, H, W, 3) the subject alone, centred and scaled to a square of fixed side; where there is only
+    background, -1000 everywhere, which is near to nothing."""
+    masks, found = _mask(pixels, colour), np.full((len(pixels), _SIDE, _SIDE, 3), _NOTHING, np.float32)
+    boxes = np.stack([*_extents(masks.sum(2)), *_extents(masks.sum(1))], 1)
+    for i in np.flatnonzero(masks.mean((1, 2)) >= 0.01):
+        top, bottom, left, right = boxes[i]
+        height, width = bottom - top, right - left
+        side = max(height, width)
+        square = np.empty((side, side, 3), np.uint8)
+        square[:] = colour.round()
+        y, x = (side - height) // 2, (side - width) // 2
+        square[y : y + height, x : x + width] = pixels[i, top:bottom, left:right].round()
+        found[i] = Image.fromarray(square).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return found
 
 
 def subject_mask(image: Image.Image) -> np.ndarray:
@@ -107,11 +112,8 @@ class Judge:
         rgb = np.array(colour, np.float32)
         alpha = self._icons[..., 3:] / 255
         composed = self._icons[..., :3] * alpha + rgb * (1 - alpha)
-        flat = composed.reshape(-1, _STORED, _STORED, 3)
-        normal = [_normal(icon, rgb) for icon in flat]
-        nothing = np.full((_SIDE, _SIDE, 3), -1e3, np.float32)  # an icon of the background's colour matches nothing
-        stack = np.stack([nothing if n is None else n for n in normal])
-        return stack.reshape(*self._icons.shape[:2], _SIDE, _SIDE, 3)
+        normal = _normal(composed.reshape(-1, _STORED, _STORED, 3), rgb)  # an icon of that colour matches nothing
+        return normal.reshape(*self._icons.shape[:2], _SIDE, _SIDE, 3)
 
     def background(self, image: Image.Image, box: Box = WHOLE) -> str:
         """The name of the background's colour, in all of the picture or in a box of it."""
@@ -123,8 +125,8 @@ class Judge:
         left, top, right, bottom = box
         pixels = _pixels(image)[top:bottom, left:right]
         colour = background(pixels)
-        cut = _normal(pixels, colour)
-        if cut is None:
+        cut = _normal(pixels[None], colour)[0]
+        if cut[0, 0, 0] == _NOTHING:
             return np.full(self._icons.shape[:2], np.inf)
         templates = self._at(tuple(min(255, int(v)) for v in (colour / 4).round() * 4))
         return np.square(templates - cut).mean((2, 3, 4))
@@ -197,23 +199,20 @@ def _letters() -> tuple[str, np.ndarray]:
 def _read_row(gray: np.ndarray, row: int) -> str:
     """The letters of one line of a sign, from gray (128, 128); empty where the row is no line of a sign."""
     letters, templates = _letters()
-    centred = templates - templates.mean((1, 2), keepdims=True)
-    norms = np.sqrt(np.square(centred).sum((1, 2)))
+    centred = (templates - templates.mean((1, 2), keepdims=True)).reshape(len(letters), -1)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    around = np.arange(-2, 3)  # a letter may stand two pixels off its cell
+    strip = np.lib.stride_tricks.sliding_window_view(gray, (CELL, CELL))[row * CELL + around]
     line = ""
     for column in range(SIZE // CELL):
-        best, found = 0.0, " "
-        for dy in (-2, -1, 0, 1, 2):
-            for dx in (-2, -1, 0, 1, 2):
-                y, x = row * CELL + dy, column * CELL + dx
-                if x < 0 or x + CELL > SIZE:
-                    continue
-                cell = gray[y : y + CELL, x : x + CELL]
-                if np.percentile(cell, 75) < 190 or cell.min() > 150:
-                    continue  # not ink on a light sign
-                shifted = cell - cell.mean()
-                match = (centred * shifted).sum((1, 2)) / (norms * np.sqrt(np.square(shifted).sum()) + 1e-6)
-                if match.max() > best:
-                    best, found = float(match.max()), letters[int(match.argmax())]
-        line += found if best > 0.6 else " "
+        left = column * CELL + around
+        cells = strip[:, left[(left >= 0) & (left <= SIZE - CELL)]].reshape(-1, CELL * CELL)
+        cells = cells[(np.percentile(cells, 75, axis=1) >= 190) & (cells.min(1) <= 150)]  # ink on a light sign
+        if not len(cells):
+            line += " "
+            continue
+        cells = cells - cells.mean(1, keepdims=True)
+        match = (cells @ centred.T) / np.linalg.norm(cells, axis=1, keepdims=True)
+        line += letters[int(match.max(0).argmax())] if match.max() > 0.6 else " "
     words = line.split()
     return max(words, key=len) if words else ""

@@ -19,8 +19,8 @@ from sd3kit.command import cli
 from sd3kit.loading import pipeline
 from sd3kit.measuring import bench
 from sd3kit.recipe import __main__ as recipe
-from sd3kit.study import __main__ as study
-from sd3kit.study import drawing, teaching
+from studies import __main__ as study
+from studies import accounting, drawing, seats, teaching
 
 LONG = "n" * 300
 LINES = {
@@ -137,8 +137,11 @@ LINES = {
     "measure memory --out torn.jsonl": "Line 1 of torn.jsonl is no record",
     "measure memory --out binary": "binary cannot be read|Line 1 of binary is no record",
     "measure memory --out list.jsonl": "Line 1 of list.jsonl is no record",
-    "measure bytes --model nano": "are accounted for medium",
-    "measure bytes --out torn.jsonl": "Line 1 of torn.jsonl is no record",
+    "accounting --model nano": "are accounted for medium",
+    "accounting --out folder": "it is a folder",
+    "accounting --size 100": "--size must be divisible by 16",
+    "accounting --size 1000000000": "at most 8192",
+    "accounting --out torn.jsonl": "Line 1 of torn.jsonl is no record",
     "study": "required: NAME",
     "study nothing": "invalid choice: 'nothing'",
     "study ''": "invalid choice: ''",
@@ -149,7 +152,7 @@ LINES = {
     "study encoders --out /proc/x": "cannot be written",
     "study encoders --out torn": "Line 1 of torn/encoders.jsonl is no record",
     "study encoders nothing": "invalid choice: 'nothing'",
-    "teach seats --out torn.jsonl": "Line 1 of torn.jsonl is no record",
+    "seats --out torn.jsonl": "Line 1 of torn.jsonl is no record",
     "recipe": "required: command",
     "recipe train --work file": "a file is where its folder should be",
     "recipe train --work file/x": "a file is where its folder should be",
@@ -170,14 +173,14 @@ LINES = {
     "recipe sheets file": "a file is where its folder should be",
     "recipe sheets /proc/x": "cannot be written",
     "recipe sheets": "required: folder",
-    "teach seats --learners 0": "must be 1 or more",
-    "teach seats --learners nan": "invalid int value",
-    "teach seats --threads 0": "must be 1 or more",
-    "teach seats --pictures -1": "must be 1 or more",
-    "teach seats --model nanoo": "did you mean nano",
-    "teach seats --out folder": "it is a folder",
-    "teach seats --out no/x.jsonl": "folder is not there",
-    f"teach seats --out {LONG}": "name is too long",
+    "seats --learners 0": "must be 1 or more",
+    "seats --learners nan": "invalid int value",
+    "seats --threads 0": "must be 1 or more",
+    "seats --pictures -1": "must be 1 or more",
+    "seats --model nanoo": "did you mean nano",
+    "seats --out folder": "it is a folder",
+    "seats --out no/x.jsonl": "folder is not there",
+    f"seats --out {LONG}": "name is too long",
 }
 
 
@@ -222,8 +225,9 @@ def shared(tmp_path_factory):
 
 def typed(line):
     words = shlex.split(line)
-    others = {"teach": teach.main, "study": study.main, "recipe": recipe.main}
-    main, words = (others[words[0]], words[1:]) if words and words[0] in others else (cli.main, words)
+    mains = {"teach": teach.main, "seats": seats.main, "study": study.main}
+    mains |= {"accounting": accounting.main, "recipe": recipe.main}
+    main, words = (mains[words[0]], words[1:]) if words[:1] and words[0] in mains else (cli.main, words)
     try:
         return main(words)
     except SystemExit as end:  # argparse

@@ -1,16 +1,12 @@
-"""The teacher's commands: notebooks without solutions, and the benchmark of seats."""
+"""For teachers: notebooks without solutions, and what the teachers' page says."""
 
-import json
 import re
-import signal
-from pathlib import Path
 
 import lessons
 import nbformat
-import pytest
 import yaml
 
-from sd3kit import records, teach
+from sd3kit import teach
 
 
 def test_strip_leaves_the_lessons_whole_but_for_their_solutions(tmp_path, capsys):
@@ -41,27 +37,6 @@ def test_strip_says_what_is_wrong(tmp_path, capsys):
     ):
         assert teach.main(["strip", str(source), "-o", str(out)]) == 2
         assert words in capsys.readouterr().err
-    assert teach.main(["seats", "--learners", "0"]) == 2
-
-
-def test_two_learners_draw_at_once(tmp_path, capsys):
-    out = tmp_path / "seats.jsonl"
-    assert teach.main(["seats", "--learners", "2", "--pictures", "1", "--model", "nano", "--out", str(out)]) == 0
-    [record] = [json.loads(line) for line in out.read_text().splitlines()]
-    assert record["learners"] == record["n"] == 2
-    assert 0 < record["low"] <= record["seconds"] <= record["high"]
-    assert 10**8 < record["bytes"] <= record["bytes_high"] < 10**10
-    assert record["stamp"]["command"] == "python -m sd3kit.teach seats --pictures 1 --threads 1 --model nano"
-    assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
-
-
-def test_a_kernel_that_is_killed_or_fails_is_noticed():
-    with teach.learner(threads=1) as run:
-        assert run("print(1 + 1)") == "2\n"
-        with pytest.raises(RuntimeError, match="kernel failed: ZeroDivisionError"):
-            run("1 / 0")
-        with pytest.raises(RuntimeError, match="kernel was killed"):
-            run(f"import os; os.kill(os.getpid(), {int(getattr(signal, 'SIGKILL', signal.SIGTERM))})")
 
 
 def test_the_plans_add_up_to_the_hours_that_they_name():
@@ -85,8 +60,3 @@ def test_the_values_file_for_kubernetes_is_whole():
     assert values["hub"]["config"]["KubeSpawner"]["working_dir"] == "/home/jovyan"
     environment = yaml.safe_load((path.parent.parent / "environment.yml").read_text())
     assert "nbgitpuller" in environment["dependencies"][-1]["pip"]
-
-
-def test_the_teachers_page_shows_the_stored_record():
-    page = (Path(__file__).parents[2] / "TEACHING.md").read_text(encoding="utf-8")
-    assert teach.report(records.read(records.RESULTS / "seats.jsonl")) in page

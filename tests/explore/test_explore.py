@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, PngImagePlugin
 
 from sd3kit import explore
-from sd3kit.explore import controls, drawing, explorer, quick, rounds
+from sd3kit.explore import controls, drawing, explorer, rounds
 from sd3kit.explore import drawn as drawn_module
 
 PROMPT = "a fox on a blue background, flat"
@@ -500,31 +499,12 @@ def button_named(widget, name):
     return widget if getattr(widget, "description", "") == name else next(filter(None, found), None)
 
 
-def test_the_same_png_and_the_same_idea_count_again(pipe, text):
-    data = explore.text_to_image(pipe, "an owl", seed=4, **QUICK).png()
-    button = button_named(text, "Settings from a PNG")
-    for _ in range(2):
-        upload(button, data)
-        assert text.wait(30) and text.shown[0].settings["prompt"] == text.inputs["prompt"].value == "an owl"
-        text.inputs["prompt"].value = "a cat"
+def test_the_same_idea_counts_again(text):
     idea = button_named(text, explorer.IDEAS[1])
     for _ in range(2):
         idea.click()
         assert text.inputs["prompt"].value == explorer.IDEAS[1]
         text.inputs["prompt"].value = "a cat"
-
-
-def test_what_an_explorer_cannot_restore_is_said(pipe, text, calls):
-    png = explore.image_to_image(pipe, Image.new("RGB", (64, 64)), "a dog", strength=0.5, steps=4, size=64).png()
-    drawn = len(calls[0])
-    upload(button_named(text, "Settings from a PNG"), png)
-    assert said(text) == "This explorer has no strength: press Draw to use the other settings."
-    assert text.inputs["prompt"].value == "a dog" and text.wait(1) and len(calls[0]) == drawn
-    other = explore.ImageToImage(pipe, Image.new("RGB", (64, 64)), live=False)
-    upload(button_named(other, "Settings from a PNG"), png)
-    assert (
-        other.wait(30) and other.shown[0].settings["strength"] == 0.5 and other.shown[0].settings["prompt"] == "a dog"
-    )
 
 
 def test_the_download_link_holds_the_settings(text):
@@ -555,11 +535,9 @@ def png_with(text=None):
     ],
     ids=("none", "cut off", "infinite", "deep", "a list", "no dictionary", "no picture"),
 )
-def test_files_without_settings_are_refused(data, words, text):
+def test_files_without_settings_are_refused(data, words):
     with pytest.raises(ValueError, match=words):
         explore.from_png(data)
-    upload(button_named(text, "Settings from a PNG"), data)
-    assert words in said(text) and 'role="alert"' in text._said.value
 
 
 def test_a_missing_file_has_no_settings(tmp_path):
@@ -674,20 +652,6 @@ def test_image_explorer_changes_a_picture_and_inpaints(pipe):
     assert one.inputs["mask"].value == "everything" and one.shown[0].steps == 2
 
 
-def test_the_page_hands_a_picture_on(pipe):
-    first = explore.TextToImage(pipe, PROMPT, live=False)
-    second = explore.ImageToImage(pipe, source=first, live=False)
-    second.restore({"steps": 3, "size": 64})
-    button = button_named(second, "Take the picture above")
-    button.click()
-    assert "no picture above yet" in said(second)
-    first.restore(QUICK)
-    first.start()
-    assert first.wait(30)
-    button.click()
-    assert second.wait(30) and np.array_equal(pixels(second.shown[0].data["image"]), pixels(first.shown[0].image))
-
-
 def test_schedule_explorer_draws_the_curve_before_the_pictures(pipe):
     one = explore.Schedule(pipe, PROMPT, live=False)
     one.inputs["shift"].value = 6.0
@@ -717,7 +681,6 @@ def test_only_core_widgets(pipe, with_lora):
         *(kind(pipe, live=False) for kind in (explore.TextToImage, explore.ImageToImage, explore.Schedule)),
         *(kind(pipe, live=False) for kind in (explore.Attention, explore.Encoders)),
         explore.Lora(with_lora, live=False),
-        explore.page("nano"),
     ]
     made[0]._keep(explore.Drawn(Image.new("RGB", (8, 8)), made[0].settings(), 1.0, 3, 3), made[0].settings())
     kinds, without_name, made = set(), [], [getattr(one, "box", one) for one in made]
@@ -749,24 +712,3 @@ except ImportError as error:
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.splitlines()[0] == "1" and "Schedule needs ipywidgets: pip install" in ran.stdout
-
-
-def test_the_page_is_served_on_this_machine_only_unless_told(monkeypatch, capsys):
-    app = pytest.importorskip("voila.app")
-    given = []
-    monkeypatch.setattr(app.Voila, "launch_instance", given.append)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert quick.main(["--port", str(port)]) == 2
-        assert f"cannot be served on 127.0.0.1, port {port} (" in capsys.readouterr().err
-    assert quick.main(["--port", str(2**16 + port)]) == 2 and "1 to 65535" in capsys.readouterr().err
-    assert quick.main(["--no-browser", "--port", str(port)]) == 0
-    said = capsys.readouterr()
-    assert "--Voila.ip=127.0.0.1" in given[0] and "--Voila.port_retries=0" in given[0]
-    assert f"http://127.0.0.1:{port}/" in said.out and "without a password" not in said.err
-    assert quick.main(["--ip", "0.0.0.0", "--port", str(port)]) == 0
-    said = capsys.readouterr()
-    assert "http://0.0.0.0" not in said.out and "without a password" in said.err
-    if socket.has_ipv6 and quick.main(["--ip", "::1", "--port", str(port)]) == 0:
-        assert f"http://[::1]:{port}/" in capsys.readouterr().out
-    assert quick.PAGE.is_file() and quick.loopback("localhost") and not quick.loopback("192.168.1.2")

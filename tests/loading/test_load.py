@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import errors as hub
 
 import sd3kit
-from sd3kit.loading import configs, pipeline
+from sd3kit.loading import configs
 from sd3kit.loading.device import pick_device, pick_dtype
 from sd3kit.loading.hub import explain
 from sd3kit.loading.names import NANO, resolve
@@ -186,16 +186,3 @@ def test_configurations_give_the_published_sizes(name, billions):
 def test_the_hub_asks_for_the_licence():
     with pytest.raises(sd3kit.LoadError, match="licence"):
         sd3kit.load("medium", token=False)
-
-
-@pytest.mark.parametrize("version", ["0.39.0", "0.42.1"])
-def test_the_precision_arrives_under_the_name_that_the_installed_diffusers_knows(version, monkeypatch):
-    class Pipeline:
-        @classmethod
-        def from_pretrained(cls, folder, **kwargs):
-            return cls, folder, kwargs
-
-    monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda name: version)
-    cls, folder, kwargs = pipeline.with_dtype(Pipeline).from_pretrained("nano", dtype=torch.float16, transformer=None)
-    assert issubclass(cls, Pipeline) and cls.__name__ == "Pipeline" and folder == "nano"
-    assert kwargs == {"torch_dtype" if version == "0.39.0" else "dtype": torch.float16, "transformer": None}

@@ -8,6 +8,7 @@ import torch
 from sd3kit import records
 from sd3kit.measuring import account, bench, fit
 from sd3kit.measuring.recipes import RECIPES
+from studies import accounting
 
 
 @functools.cache
@@ -19,7 +20,7 @@ def test_stored_bytes_are_recomputed():
     stored = accounted("medium")
     assert set(stored) == set(RECIPES)
     for name in ("model_offload_without_t5", "without_t5"):  # without the T5: quick to build
-        again = account.peaks("medium", name)
+        again = accounting.peaks("medium", name)
         off = 0 if stored[name]["versions"]["torch"] == bench.versions()["torch"] else 1e-6  # others round a little
         assert {key: stored[name][key] for key in again} == {
             key: pytest.approx(value, rel=off, abs=0) if isinstance(value, int) else value
@@ -90,9 +91,9 @@ def test_layerwise_casting_skips_what_diffusers_skips():
 
 def test_accounting_refuses_unknown_names():
     with pytest.raises(ValueError, match="no recipe"):
-        account.peaks("medium", "magic")
+        accounting.peaks("medium", "magic")
     with pytest.raises(ValueError, match="no model"):
-        account.peaks("nano", "default")
+        accounting.peaks("nano", "default")
 
 
 # ---- fit ----------------------------------------------------------------------------------------------------------

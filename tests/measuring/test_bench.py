@@ -387,7 +387,6 @@ def test_the_command_measures_and_resumes(tmp_path, capsys):
     [
         (["memory", "--rows", "magic"], "no row 'magic'"),
         (["memory", "--steps", "0"], "1 to 1000"),
-        (["bytes", "--model", "nano"], "are accounted for medium"),
         (["memory", "--size", "100"], "divisible by 16"),
         (["speed", "--out", "no/such/folder/x.jsonl"], "folder is not there"),
         (["memory", "--size", "272"], "places for 256 pixels"),

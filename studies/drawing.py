@@ -6,16 +6,18 @@ import itertools
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 
-from ..lesson import attention
-from ..loading.pipeline import load
-from ..recipe import scenes
-from ..recipe.evaluate import ask, judge_scene, pictures, tally
-from ..recipe.judge import Judge, subject_mask
-from ..records import mean
+from sd3kit.explore.encoding import without
+from sd3kit.lesson import attention
+from sd3kit.loading.pipeline import load
+from sd3kit.recipe import scenes
+from sd3kit.recipe.evaluate import ask, judge_scene, pictures, tally
+from sd3kit.recipe.judge import Judge, subject_mask
+from sd3kit.records import mean
+from sd3kit.study import overlap
+
 from .store import Study
 
 LENGTH = 40  # tokens for the T5
@@ -29,21 +31,6 @@ def tools() -> tuple:
     pipe = load("nano", quiet=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe, Judge()
-
-
-def without(pipe, embeds: torch.Tensor, pooled: torch.Tensor, encoders: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompt's embeddings with the parts of the encoders that are not named (1, 2, 3) set to zero."""
-    one, two = pipe.text_encoder.config, pipe.text_encoder_2.config
-    embeds, pooled = embeds.clone(), pooled.clone()
-    if "1" not in encoders:
-        embeds[:, :77, : one.hidden_size] = 0
-        pooled[:, : one.projection_dim] = 0
-    if "2" not in encoders:
-        embeds[:, :77, one.hidden_size : one.hidden_size + two.hidden_size] = 0
-        pooled[:, one.projection_dim :] = 0
-    if "3" not in encoders:
-        embeds[:, 77:] = 0
-    return embeds, pooled
 
 
 def draw(pipe, encoded: tuple[torch.Tensor, ...], seeds: Sequence[int], **settings) -> list[Image.Image]:
@@ -148,13 +135,6 @@ def decided(row: dict, count: int = 20) -> dict:
         found |= answers if kind == "single" else {"text": answers["text"]}
     pipe.scheduler.set_timesteps(28)
     return found | {"sigma": float(pipe.scheduler.sigmas[row["after"]])}
-
-
-def overlap(heat: torch.Tensor, mask: np.ndarray) -> float:
-    """Intersection over union of a map (rows, columns), scaled up and cut at its mean, and the true mask (H, W)."""
-    large = torch.nn.functional.interpolate(heat[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0]
-    cut = (large > large.mean()).cpu().numpy()
-    return float((cut & mask).sum() / max(1, (cut | mask).sum()))
 
 
 @functools.cache

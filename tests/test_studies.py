@@ -1,14 +1,16 @@
 """Studies: rows are stored once, continued, spread, and say the same when they are measured again."""
 
 import json
+import os
 
 import pytest
 import warm
 
+import studies
 from sd3kit import records, study
-from sd3kit.study import drawing, store, teaching, training
-from sd3kit.study.__main__ import STUDIES, main
-from sd3kit.study.store import Study
+from studies import drawing, store, teaching, training
+from studies.__main__ import STUDIES, main
+from studies.store import Study
 
 
 def counted(rows):
@@ -60,7 +62,8 @@ def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
 
 def test_two_processes_share_the_rows(tmp_path):
     script = (
-        "import os, pathlib, sys\nfrom sd3kit.study.store import Study, run\n"
+        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(studies.__path__[0])!r})\n"
+        "from studies.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
     )
@@ -81,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp
 
 
 def test_what_is_not_stored_names_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m sd3kit\.study encoders"):
+    with pytest.raises(FileNotFoundError, match=r"python -m studies encoders"):
         study.load("encoders", tmp_path)
 
 

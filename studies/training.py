@@ -17,9 +17,10 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 from torch.nn.functional import mse_loss
 
-from ..lesson import attention
-from ..recipe import scenes
-from ..recipe.judge import TEMPLATES
+from sd3kit.lesson import attention
+from sd3kit.recipe import scenes
+from sd3kit.recipe.judge import TEMPLATES
+
 from .drawing import tools
 from .store import Study
 

@@ -13,12 +13,13 @@ import numpy as np
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 
-from ..dreambooth import subject
-from ..dreambooth.model import ATTENTION
-from ..loading.device import environment_alone
-from ..loading.pipeline import load
-from ..recipe.evaluate import pictures
-from ..records import mean, share
+from sd3kit.dreambooth import subject
+from sd3kit.dreambooth.model import ATTENTION
+from sd3kit.loading.device import environment_alone
+from sd3kit.loading.pipeline import load
+from sd3kit.recipe.evaluate import pictures
+from sd3kit.records import mean, share
+
 from .drawing import tools
 from .store import Study
 
@@ -102,7 +103,7 @@ def taught(change: str, seed: int, folder: Path, **more):
     if options.get("full_finetuning"):
         return load(folder / "out", quiet=True)
     pipe = load("nano", quiet=True)
-    pipe.load_lora_weights(folder / "out", weight_name=LORA_WEIGHT_NAME_SAFE)  # diffusers 0.39 wants it offline
+    pipe.load_lora_weights(folder / "out", weight_name=LORA_WEIGHT_NAME_SAFE)  # named, or it is looked for on the Hub
     return pipe
 
 

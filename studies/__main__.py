@@ -1,12 +1,13 @@
-"""Measure a study again: `python -m sd3kit.study NAME`, or under `accelerate launch` to spread it over processes."""
+"""Measure a study again: `python -m studies NAME`, or under `accelerate launch -m` to spread it over processes."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from .. import records
-from ..errors import answer
-from ..files import check_writable
+from sd3kit import records
+from sd3kit.errors import answer
+from sd3kit.files import check_writable
+
 from .drawing import STUDIES as DRAWING
 from .store import run
 from .teaching import STUDIES as TEACHING
@@ -18,7 +19,7 @@ STUDIES = DRAWING | TRAINING | TEACHING
 def main(arguments: list[str] | None = None) -> int:
     listed = "\n".join(f"  {name:<12}{study.about} ({len(study.rows)} rows)" for name, study in STUDIES.items())
     parser = argparse.ArgumentParser(
-        prog="python -m sd3kit.study",
+        prog="python -m studies",
         description=__doc__,
         epilog=f"studies:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

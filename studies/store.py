@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import records
-from ..files import check_writable
+from sd3kit import records
+from sd3kit.files import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +19,6 @@ class Study:
     rows: Sequence[dict]
     measure: Callable[[dict], dict]
     parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
-
-
-def load(name: str, folder: Path = records.RESULTS) -> list[dict]:
-    """The stored rows of a study: of each `row`, its conditions, what was `found`, the `weights` and the `stamp`.
-
-    Raises:
-        FileNotFoundError: nothing is stored; the message names the command.
-    """
-    path = Path(folder) / f"{name}.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"No study {name!r} is stored: `python -m sd3kit.study {name}` measures it.")
-    return records.read(path)
 
 
 def run(name: str, study: Study, folder: str | Path = records.RESULTS) -> None:
@@ -47,7 +35,7 @@ def run(name: str, study: Study, folder: str | Path = records.RESULTS) -> None:
         lambda row: {"found": study.measure(row)},
         folder / f"{name}.jsonl",
         {"weights": records.weights(study.parts)},
-        f"python -m sd3kit.study {name}",
+        f"python -m studies {name}",
         tries=False,
         others=False,
     )
