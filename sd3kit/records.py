@@ -102,22 +102,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class RecordError(UserError, ValueError):
-    """A file of records that is damaged, or is none; the message is one sentence."""
-
-
 def read(path: str | os.PathLike) -> list[dict]:
     """The records of a file of JSON lines; none where there is no file. A last line that was cut short is left out.
 
     Raises:
-        RecordError: the file cannot be read, or a line before the last is no record.
+        UserError: the file cannot be read, or a line before the last is no record.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}): give another file.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -125,7 +121,7 @@ def read(path: str | os.PathLike) -> list[dict]:
             records[-1]["row"]
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):  # what follows the last line's end is nothing, or was cut short
-                raise RecordError(f"Line {number} of {path} is no record: mend it, or give another file.") from None
+                raise UserError(f"Line {number} of {path} is no record: mend it, or give another file.") from None
             del records[number - 1 :]
     return records
 
@@ -158,8 +154,7 @@ def study(
         that failed `out_of_memory` or `raises`, with the error's own words, instead of figures.
 
     Raises:
-        UserError: the file cannot be written; before anything is measured, as far as that can be seen.
-        RecordError: a damaged line in the file.
+        UserError: the file has a damaged line or cannot be written; said before anything is measured, where it can be.
     """
     check_writable(path)
     path, identity, state = Path(path), json.loads(json.dumps(identity)), processes()

@@ -237,7 +237,7 @@ def typed(line):
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:60])
 def test_a_bad_line_is_one_sentence(line, shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    for module in (pipeline, bench, drawing, teaching, recipe):
+    for module in (pipeline, bench, drawing, teaching):
         monkeypatch.setattr(module, "load", lambda *args, **more: pytest.fail("a model was loaded"))
     before = contents(shared)
     assert typed(line) == 2
