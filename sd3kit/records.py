@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .errors import UserError
 from .files import check_writable, unwritable, write_whole
 from .loading.device import processes
 from .loading.names import NANO
@@ -105,19 +106,23 @@ def read(path: str | os.PathLike) -> list[dict]:
     """The records of a file of JSON lines; none where there is no file. A last line that was cut short is left out.
 
     Raises:
-        ValueError: a damaged line before the last.
+        UserError: the file cannot be read, or a line before the last is no record.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"Line {number} of {path} is damaged: delete it and measure again.") from None
+            records[-1]["row"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):  # what follows the last line's end is nothing, or was cut short
+                raise UserError(f"Line {number} of {path} is no record: mend it, or give another file.") from None
+            del records[number - 1 :]
     return records
 
 
@@ -149,8 +154,7 @@ def study(
         that failed `out_of_memory` or `raises`, with the error's own words, instead of figures.
 
     Raises:
-        UserError: the file cannot be written; before anything is measured, as far as that can be seen.
-        ValueError: a damaged line in the file.
+        UserError: the file has a damaged line or cannot be written; said before anything is measured, where it can be.
     """
     check_writable(path)
     path, identity, state = Path(path), json.loads(json.dumps(identity)), processes()

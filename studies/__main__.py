@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sd3kit import records
 from sd3kit.errors import answer
+from sd3kit.files import check_writable
 
 from .drawing import STUDIES as DRAWING
 from .store import run
@@ -24,10 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="the folder of the records (%(default)s)")
+    parser.add_argument("--out", default=records.RESULTS, help="the folder of the records (%(default)s)")
     options = parser.parse_args(arguments)
 
     def work() -> None:
+        check_writable(options.out, folder=True)
+        for name in options.names:
+            records.read(Path(options.out, f"{name}.jsonl"))  # all of them before the first is measured
         for name in options.names:
             run(name, STUDIES[name], options.out)
 

@@ -117,6 +117,8 @@ def store(models: list[str], size: int, out: str | Path) -> None:
     """
     if unknown := set(models) - configs.TRANSFORMER.keys():
         raise UserError(f"bytes are accounted for {', '.join(configs.TRANSFORMER)}, not for {min(unknown)!r}.")
+    if size % 16 or not 64 <= size <= 8192:
+        raise UserError(f"--size must be divisible by 16, at least 64 and at most 8192, not {size}.")
     check_writable(out)
     records.read(out)  # before the first model is accounted
     for model in models:

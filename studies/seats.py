@@ -123,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--learners, --pictures and --threads must be 1 or more.")
     resolve(options.model)
     files.check_writable(options.out)
+    records.read(options.out)
     settings = {"pictures": options.pictures, "threads": options.threads, "model": options.model}
     rows = {f"{n} learners": lambda n=n: seats(n, **settings) for n in options.learners}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

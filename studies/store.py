@@ -21,13 +21,14 @@ class Study:
     parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
 
 
-def run(name: str, study: Study, folder: Path = records.RESULTS) -> None:
+def run(name: str, study: Study, folder: str | Path = records.RESULTS) -> None:
     """Measure the rows that are not stored yet for these weights; rows of other weights go.
 
     Raises:
         UserError: the folder or the file cannot be written.
     """
     check_writable(folder, folder=True)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     records.study(
         study.rows,

@@ -1,5 +1,6 @@
 """Fixtures that several tests share; nano is loaded once."""
 
+import gc
 import os
 import random
 import sys
@@ -17,6 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("SD3KIT_MODEL", None)
 if os.environ.get("SD3KIT_DEVICE") == "pretend":
     import pretend_device  # noqa: F401  torch knows the device from here on
+
+
+def pytest_collection_finish():
+    """The libraries are never garbage: what frees memory need not look through them each time, which takes 0.3 s."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

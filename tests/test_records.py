@@ -79,7 +79,7 @@ def test_a_run_that_was_cut_short_resumes(tmp_path):
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text('{"row": 1}\n{"row"\n{"row": 3}\n')
-    with pytest.raises(ValueError, match="Line 2"):
+    with pytest.raises(UserError, match=r"Line 2 of .* is no record"):
         records.read(path)
 
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+import warm
 
 import studies
 from sd3kit import records, study
@@ -63,16 +62,20 @@ def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
 
 
 def test_two_processes_share_the_rows(tmp_path):
+<<<<<<< HEAD
     script = tmp_path / "squares.py"
     script.write_text(
         f"import os, pathlib, sys\nsys.path.append({os.path.dirname(next(iter(studies.__path__)))!r})\n"
+=======
+    script = (
+        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(studies.__path__[0])!r})\n"
+>>>>>>> reliability
         "from studies.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.launch("-c", script, tmp_path):
+        assert done.returncode == 0, done.stderr[-2000:]
     stored = study.load("squares", tmp_path)
     assert sorted((r["row"]["n"], r["found"]["by"]) for r in stored) == [(0, "0"), (1, "0"), (2, "1"), (3, "1")]
 
@@ -125,7 +128,7 @@ def stored_row(name, **row):
 
 def test_encoders_measured_again_in_part():
     stored = stored_row("encoders", encoders="12")
-    again = drawing.encoders({"encoders": "12"}, count=16)
+    again = drawing.encoders({"encoders": "12"}, count=6)
     assert all(shares_agree(stored[name], again[name], again[name]["n"]) for name in stored)
 
 
@@ -144,18 +147,21 @@ def test_guidance_measured_again_in_part():
 
 
 def test_decided_measured_again_in_part():
-    stored, again = stored_row("decided", after=24), drawing.decided({"after": 24}, count=8)
+    stored, again = stored_row("decided", after=24), drawing.decided({"after": 24}, count=4)
     assert again["sigma"] == pytest.approx(stored["sigma"])
-    assert all(shares_agree(stored[name], again[name], 8) for name in ("background", "subject", "text"))
+    assert all(shares_agree(stored[name], again[name], 4) for name in ("background", "subject", "text"))
 
 
 def test_words_measured_again_in_part():
     row = {"method": "raw, mean of steps", "word": "the subject"}
-    stored, again = stored_row("words", **row)["iou"], drawing.words(row, count=6)["iou"]
+    stored, again = stored_row("words", **row)["iou"], drawing.words(row, count=4)["iou"]
     assert again["low"] <= stored["high"] and again["high"] >= stored["low"]
 
 
-@pytest.mark.parametrize("name", ["samplers", "faults", "qk_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("samplers", marks=pytest.mark.night), pytest.param("faults", marks=pytest.mark.night), "qk_norm"],
+)
 def test_a_training_study_gives_the_same_again(name):
     """One row, exactly: the same steps from the same seed. Rounding differs by machine, so not to the last digit."""
     measured = STUDIES[name]

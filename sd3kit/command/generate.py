@@ -177,6 +177,8 @@ def _draw_all(options: argparse.Namespace, folder: Path, jobs: dict[str, dict]) 
     missing = [(name, job) for name, job in jobs.items() if name not in done]
     state = processes()
     if state.is_main_process:
+        for left in folder.glob(".sd3kit-*.part"):  # of a run that was killed
+            left.unlink()
         files.write_whole(folder / SETTINGS, json.dumps(shared, indent=1) + "\n")
     state.wait_for_everyone()  # all have seen the same folder before anyone draws into it
     with state.split_between_processes(missing) as share:

@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from ..errors import UserError
 from ..loading.names import MODELS
@@ -31,7 +30,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--warmup", type=int, default=3, help="calls before them (%(default)s)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(what suits the model)")
     parser.add_argument("--cap-gb", type=float, help="let the process have only so many GiB of a CUDA device")
-    parser.add_argument("--out", type=Path, help="the file of records (the package's own); run again to resume")
+    parser.add_argument("--out", help="the file of records (the package's own); run again to resume")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from ..measuring.speedups import SPEEDUPS
 
     names = {"memory": RECIPES, "speed": SPEEDUPS}[options.study]
-    chosen = options.rows or list(names)
+    chosen = list(dict.fromkeys(options.rows or names))
     for row in chosen:
         if row not in names:
             raise UserError(f"there is no row {row!r} in {options.study}: use some of {', '.join(names)}.")
@@ -76,8 +75,9 @@ def run(options: argparse.Namespace) -> int:
     cap = options.cap_gb
     if cap is not None and (not torch.cuda.is_available() or not math.isfinite(cap) or cap <= 0):
         raise UserError("--cap-gb needs a CUDA device and a positive size: without one there is nothing to cap.")
-    out = options.out or records.RESULTS / f"{options.study}.jsonl"
+    out = records.RESULTS / f"{options.study}.jsonl" if options.out is None else options.out
     check_writable(out)
+    records.read(out)
     options.model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
     made = measured(options, chosen, out, command(options))
     print(table(made, options.study))

@@ -102,7 +102,8 @@ def create(settings: Settings) -> str:
     from huggingface_hub import create_repo
 
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    return _try(settings, name, lambda: create_repo(name, token=settings.hub_token, exist_ok=True)).repo_id
+    ask = lambda: create_repo(name, token=settings.hub_token, exist_ok=True)  # noqa: E731
+    return _try(settings, name, lambda: hub.within(hub.PATIENCE, ask), first=True).repo_id
 
 
 def upload(settings: Settings, name: str, images: list[Image.Image]) -> None:
@@ -116,9 +117,9 @@ def upload(settings: Settings, name: str, images: list[Image.Image]) -> None:
     _try(settings, name, lambda: upload_folder(repo_id=name, folder_path=out, token=settings.hub_token, **more))
 
 
-def _try(settings: Settings, name: str, call):
+def _try(settings: Settings, name: str, call, first: bool = False):
     try:
-        with hub.guarded():
+        with hub.guarded(first):
             return call()
     except Exception as error:
         why = hub.explain(error, name, name) or type(error).__name__

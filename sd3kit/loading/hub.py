@@ -86,8 +86,8 @@ def _or_copy(name: str, source: str, online: Callable[[], Any], offline: Callabl
             with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
                 there = Path(offline())
                 if "OfflineModeIsEnabled" not in kinds:  # which a person has asked for
-                    note = f"the Hub could not be asked ({type(error).__name__}); the copy of {name} here is used."
-                    print(f"sd3kit: {note}", file=sys.stderr)
+                    why = sentence.partition(": ")[0].partition(", ")[0]
+                    print(f"sd3kit: {why}; the copy of {name} here is used.", file=sys.stderr)
                 return there
         # h11 and httpx quote a header that they refuse, and that may be the token
         raise LoadError(sentence) from (None if "LocalProtocolError" in kinds else error)
@@ -99,10 +99,7 @@ def _first_answers(source: str, path: str, options: dict) -> str:
 
     def ask() -> str:
         if not options.get("local_files_only"):
-            try:
-                HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise Refused() from error  # JSON, but not a Hub's
+            HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
         return hf_hub_download(source, path, **options)
 
     with guarded(first=True):
@@ -139,7 +136,7 @@ def guarded(first: bool = False) -> Iterator[None]:
     """Watch what huggingface_hub asks meanwhile: no token goes over plain http, and no wait is longer than patience.
 
     The hooks are those of its HTTP client; they are taken off again. With `first`, an error of the server is not waited
-    out either.
+    out either, and an answer that is none of a Hub is `Refused`.
     """
     from huggingface_hub import get_session
 
@@ -151,6 +148,10 @@ def guarded(first: bool = False) -> Iterator[None]:
     }
     try:
         yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if first:  # JSON, but not a Hub's
+            raise Refused() from error
+        raise
     finally:
         client.event_hooks = before
 
@@ -221,9 +222,9 @@ SENTENCES = (
         "use nano, which needs none."),
     ("SSLError SSLCertVerificationError", "The certificate of {place} is not trusted here: check the clock and the "
         "network's sign-in page."),
-    ("ConnectionError NetworkError ProxyError LocalEntryNotFoundError OfflineModeIsEnabled", "{name} is not on this "
-        "machine and {hub} cannot be reached: check the network, or use nano, which needs none."),
-    ("OSError HTTPError HfHubHTTPError", "{name} could not be fetched from the Hub ({error}): look at {page}."),
+    ("ConnectionError NetworkError ProxyError LocalEntryNotFoundError OfflineModeIsEnabled", "{hub} cannot be reached, "
+        "and {name} is not on this machine: check the network, or use nano, which needs none."),
+    ("OSError HTTPError HfHubHTTPError", "{hub} did not give {name}, and says no more than {error}: look at {page}."),
 )  # fmt: skip
 
 

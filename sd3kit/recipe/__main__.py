@@ -1,6 +1,7 @@
 """The recipe on the command line: `python -m sd3kit.recipe train`, `evaluate` and `sheets`."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from .. import records
+from ..errors import UserError, answer
+from ..files import check_writable, write_whole
 from ..loading.device import pick_device
-from ..loading.names import NANO, LoadError
+from ..loading.names import NANO
 from ..loading.pipeline import load
 from . import autoencoder, evaluate, flow, reading, scenes, turbo
-from .art import Art, ArtError
+from .art import Art
 from .judge import TEMPLATES, Judge, save_templates
 from .text import Text
 
@@ -61,32 +64,34 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        if options.command == "pack":
-            print(Art(options.work).pack(options.folder))
-            return 0
-        run = {"train": train, "polish": polish, "turbo": distil, "evaluate": judge, "sheets": sheets}
-        return run[options.command](options)
-    except (ArtError, LoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: run(parser().parse_args(arguments)), "stopped; the same command goes on where it was saved.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look at the options before hours of work, then do what they ask for. UserError: what is wrong with them."""
+    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000)}
+    for name, value in vars(options).items():
+        low, high = limits.get(name, (0.001, 1e6) if "minutes" in name else (None, None))
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, not {value:g}.")
+        if name in ("work", "out", "folder") and options.command != "evaluate":
+            check_writable(value, folder=True)
+    if options.command == "pack":
+        print(Art(options.work).pack(options.folder))
+        return 0
+    commands = {"train": train, "polish": polish, "turbo": distil, "evaluate": judge, "sheets": sheets}
+    return commands[options.command](options)
 
 
 def train(options: argparse.Namespace) -> int:
-    if not 2 <= options.subjects <= len(scenes.SUBJECTS):
-        print(f"error: --subjects must be 2 to {len(scenes.SUBJECTS)}, not {options.subjects}", file=sys.stderr)
-        return 2
     if options.start and not (options.start / "model_index.json").exists():
-        print(f"error: --start: {options.start} is no pipeline's folder (no model_index.json there).", file=sys.stderr)
-        return 2
+        raise UserError(f"--start: {options.start} is no pipeline's folder (no model_index.json there).")
     options.work.mkdir(parents=True, exist_ok=True)
     state = PartialState(
         cpu=options.device == "cpu"
     )  # of `accelerate launch` or torchrun; without them this is the only process
     if state.num_processes > 1 and not (options.start or (options.work / "text.pt").exists()):
-        print("error: several processes share the training of the flow; make the rest with one first.", file=sys.stderr)
-        return 2
+        raise UserError("several processes share the training of the flow: make the rest with one first.")
     art, transformer = Art(options.work), None
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start / "vae", use_safetensors=True).float()
@@ -133,19 +138,21 @@ def judge(options: argparse.Namespace) -> int:
     record |= records.stamp(command)
     print(evaluate.table(record))
     if options.store:
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(RECORD, json.dumps(record, indent=1) + "\n")
         before, start, rest = CARD.read_text(encoding="utf-8").partition(evaluate.CARD_START)
         after = rest.partition(evaluate.CARD_END)[2]
         card = f"{before}{start}\n{evaluate.markdown(record)}\n{evaluate.CARD_END}{after}"
-        CARD.write_text(card, encoding="utf-8")
+        write_whole(CARD, card)
     return 0
 
 
 def sheets(options: argparse.Namespace) -> int:
     pipe = load(options.model)
     options.folder.mkdir(parents=True, exist_ok=True)
-    evaluate.showcase(pipe).image.save(options.folder / "nano.png", optimize=True)
-    evaluate.best_median_worst(pipe, Judge()).image.save(options.folder / "nano_held_out.png", optimize=True)
+    drawn = {"nano": evaluate.showcase(pipe), "nano_held_out": evaluate.best_median_worst(pipe, Judge())}
+    for name, sheet in drawn.items():
+        sheet.image.save(stored := io.BytesIO(), "PNG", optimize=True)
+        write_whole(options.folder / f"{name}.png", stored.getvalue())
     return 0
 
 

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
+import warm
 from runs import SMALL, environment, losses, one_sentence, run, words
 
 from sd3kit import files
@@ -20,6 +19,12 @@ from pathlib import Path
 import torch
 from sd3kit.dreambooth.__main__ import main
 from sd3kit.dreambooth import train  # imported once; each run is a fork of this process
+from sd3kit.dreambooth import model
+from sd3kit.loading.pipeline import load
+pipe = load("nano", device="cpu", quiet=True)  # read once; a fork has its own
+model.load = train.load = lambda settings, accelerator, dtype, **more: type(pipe)(**pipe.components | {
+    name: part for name, part in more.items() if name in pipe.components
+})
 gc.freeze()
 arguments, out = json.loads(sys.argv[1]), sys.argv[2]
 
@@ -70,17 +75,17 @@ print(json.dumps([codes, seen]))
 '''
 
 
+FEW = dict(lora_blocks="0", lora_layers="attn.to_q")  # what is set up and written in a moment
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_ten_kills_change_nothing(tmp_path):
     """kill -9 at ten moments, one of them while a checkpoint is written: the same losses and weights, bit for bit."""
     more = dict(
         max_train_steps=24, checkpointing_steps=2, checkpoints_total_limit=3, lora_dropout=0.2, random_flip=True
     )
-    words_ = words(SMALL | more)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(words_), str(tmp_path)],
-        env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    words_ = words(SMALL | FEW | more)
+    done = warm.run("-c", KILLED, json.dumps(words_), tmp_path, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     codes, seen = json.loads(done.stdout.splitlines()[-1])
     assert codes == [-9] * 10 + [0], codes
@@ -97,14 +102,10 @@ def test_ten_kills_change_nothing(tmp_path):
 
 
 def test_two_processes_equal_one_with_the_same_total_batch(tmp_path):
-    more = dict(max_train_steps=3, checkpointing_steps=3, learning_rate=1e-3, random_flip=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = FEW | dict(max_train_steps=3, checkpointing_steps=3, learning_rate=1e-3, random_flip=True)
     arguments = words(SMALL | more | {"output_dir": tmp_path / "two"})
-    done = subprocess.run(
-        [*command, "-m", "sd3kit.dreambooth", *arguments],
-        env=environment(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.launch("sd3kit.dreambooth", *arguments, env=environment(ACCELERATE_USE_CPU="true")):
+        assert done.returncode == 0, done.stderr[-2000:]
     assert run(tmp_path / "one", **more, train_batch_size=2) == 0
     assert run(tmp_path / "accumulated", **more, gradient_accumulation_steps=2) == 0
     ranks = {name: len(list((tmp_path / name / "checkpoint-3").glob("random_states_*.pkl"))) for name in ("one", "two")}
@@ -164,19 +165,19 @@ def test_a_full_device_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_answered(tmp_path, capsys):
-    assert run(tmp_path, checkpointing_steps=1, max_train_steps=1) == 0
+    assert run(tmp_path, checkpointing_steps=1, max_train_steps=1, **FEW) == 0
     capsys.readouterr()
     log, progress = tmp_path / "losses.jsonl", tmp_path / "checkpoint-1" / "progress.json"
     whole = log.read_text(), progress.read_text()
     for path, phrase in ((log, "losses.jsonl is damaged"), (progress, "checkpoint-1 is damaged")):
         path.write_text('["step"]\n')
-        assert run(tmp_path, resume_from_checkpoint="latest") == 2
+        assert run(tmp_path, resume_from_checkpoint="latest", **FEW) == 2
         assert phrase in one_sentence(capsys)
     log.write_text(whole[0])
     progress.write_text(whole[1])
     state = tmp_path / "checkpoint-1" / "optimizer.bin"
     state.write_bytes(state.read_bytes()[:1000])
-    assert run(tmp_path, resume_from_checkpoint="checkpoint-1") == 2
+    assert run(tmp_path, resume_from_checkpoint="checkpoint-1", **FEW) == 2
     assert "checkpoint-1 is damaged" in one_sentence(capsys)
 
 
@@ -184,7 +185,7 @@ def test_a_used_folder_keeps_its_checkpoints_until_another_branch_has_one(tmp_pa
     def names() -> list[str]:
         return [p.name for p in saving.checkpoints(tmp_path)]
 
-    assert run(tmp_path, checkpointing_steps=1, max_train_steps=3) == 0
+    assert run(tmp_path, checkpointing_steps=1, max_train_steps=3, **FEW) == 0
     capsys.readouterr()
     for options, phrase in (
         ({}, "holds checkpoint-3: add --resume_from_checkpoint latest"),
@@ -192,14 +193,14 @@ def test_a_used_folder_keeps_its_checkpoints_until_another_branch_has_one(tmp_pa
         ({"gradient_accumulation_steps": 2}, "was made with gradient_accumulation_steps 1, not 2"),
         ({"seed": 5}, "was made with seed 0, not 5"),
     ):
-        assert run(tmp_path, **options, **({"resume_from_checkpoint": "latest"} if options else {})) == 2
+        assert run(tmp_path, **FEW, **options, **({"resume_from_checkpoint": "latest"} if options else {})) == 2
         assert phrase in one_sentence(capsys)
     with pytest.raises(DreamBoothError, match="num_processes 1, not 2"):
         two = types.SimpleNamespace(num_processes=2)
         saving.read_progress(Settings(**SMALL), two, tmp_path / "checkpoint-1")
     assert names() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"] and len(losses(tmp_path)) == 3
 
-    more = dict(checkpointing_steps=1, checkpoints_total_limit=2, learning_rate=1e-5)
+    more = FEW | dict(checkpointing_steps=1, checkpoints_total_limit=2, learning_rate=1e-5)
     assert run(tmp_path, **more, max_train_steps=1, resume_from_checkpoint="checkpoint-1") == 0
     assert names() == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # nothing new was written
     assert run(tmp_path, **more, max_train_steps=2, resume_from_checkpoint="checkpoint-1") == 0

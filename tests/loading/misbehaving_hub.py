@@ -24,6 +24,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def do_POST(self):
+        """A repository is asked for; its name says how the Hub misbehaves."""
+        self.tokens.append(self.headers.get("authorization"))
+        mode = json.loads(self.rfile.read(int(self.headers["content-length"])))["name"]
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if mode == "good":
+                found = {"url": f"http://{self.headers['host']}/x/good", "name": "x/good"}
+                self.answer(body=json.dumps(found).encode(), Content_Type="application/json")
+            else:
+                getattr(self, mode.replace("-", "_"))()
+
     def do_GET(self):
         self.tokens.append(self.headers.get("authorization"))
         path = self.path.partition("?")[0].strip("/").split("/")
@@ -148,10 +159,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(1)
 
     def bye(self):
-        """From here on nobody listens."""
+        """From here on nobody listens, also not for the moment that the waiting for questions still lasts."""
+        self.server.shutdown()
         self.server.socket.close()
-        self.answer(404, X_Error_Code="RepoNotFound")
-        self.close_connection = True
+        self.answer(404, X_Error_Code="RepoNotFound", Connection="close")
 
     def silent(self):
         time.sleep(60)

@@ -3,16 +3,21 @@
 The environment variable SD3KIT_FUZZ says how many examples each test tries (60), such as 20000 at night.
 """
 
+import io
 import json
 import os
+import shutil
+import types
 
 import pytest
+from PIL import Image, PngImagePlugin
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as some  # noqa: E402
 
-from sd3kit import teach  # noqa: E402
+from sd3kit import explore, pictures, records, teach  # noqa: E402
 from sd3kit.command import generate  # noqa: E402
+from sd3kit.dreambooth import Settings, data, settings, subject  # noqa: E402
 from sd3kit.errors import UserError  # noqa: E402
 from sd3kit.loading import parts  # noqa: E402
 from sd3kit.loading.names import NANO  # noqa: E402
@@ -78,3 +83,118 @@ def test_a_notebook(tmp_path_factory, value):
     folder.mkdir(exist_ok=True)
     (folder / "a.ipynb").write_text(json.dumps({"cells": value, "metadata": {}}))
     or_one_sentence(lambda: teach.strip(folder, folder / "out"))
+
+
+def png(text: str) -> bytes:
+    stored, written = PngImagePlugin.PngInfo(), io.BytesIO()
+    stored.add_text("sd3kit", text)
+    Image.new("RGB", (8, 8)).save(written, "PNG", pnginfo=stored)
+    return written.getvalue()
+
+
+WHOLE = png('{"prompt": "a fox", "seed": 3}')
+SETTING = some.sampled_from(["prompt", "seed", "steps", "guidance", "shift", "size", "strength", "scales", "keep", "x"])
+
+
+def or_a_value_error(read):
+    try:
+        return read()
+    except ValueError as error:
+        assert "\n" not in str(error) and str(error).endswith(".")
+    return None
+
+
+@fuzz
+@hypothesis.given(some.dictionaries(SETTING, JSON).map(json.dumps) | JSON.map(json.dumps) | some.text(max_size=50))
+def test_settings_in_a_png(text):
+    found = or_a_value_error(lambda: explore.from_png(png(text)))
+    assert found is None or isinstance(found, dict)
+
+
+@fuzz
+@hypothesis.given(some.lists(some.tuples(some.integers(0, len(WHOLE)), some.binary(max_size=4)), max_size=4))
+def test_a_png_of_changed_bytes(changes):
+    changed = WHOLE
+    for where, bytes_ in changes:
+        changed = changed[:where] + bytes_ + changed[where + len(bytes_) :]
+    for read in (explore.from_png, pictures.open_picture):
+        or_a_value_error(lambda read=read: read(changed))
+
+
+NAMES = some.sampled_from(["a.png", "b.png", "", "../a.png", "x" * 300])
+LINE = JSON | some.fixed_dictionaries({"file_name": NAMES | JSON, "text": some.text(max_size=9) | JSON})
+TABLE = some.lists(LINE.map(json.dumps) | some.text(max_size=20), max_size=4).map("\n".join).map(str.encode)
+
+
+@pytest.fixture(scope="module")
+def two_pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("a.png", "b.png"):
+        shutil.copy(subject.PICTURES / "pink.png", folder / name)
+    return folder
+
+
+@fuzz
+@hypothesis.given(some.sampled_from(["metadata.jsonl", "metadata.csv", "a.txt"]), TABLE | some.binary(max_size=99))
+def test_captions(two_pictures, name, content):
+    for old in ("metadata.jsonl", "metadata.csv", "a.txt", "b.txt"):
+        (two_pictures / old).unlink(missing_ok=True)
+    (two_pictures / name).write_bytes(content)
+    (two_pictures / "b.txt").write_text("two")
+    given = Settings(instance_prompt="a dog", caption_column=None if name == "a.txt" else "text")
+    pairs = or_one_sentence(lambda: data._folder_pairs(two_pictures, given))
+    assert pairs is None or [(path.name, type(caption)) for path, caption in pairs] == [("a.png", str), ("b.png", str)]
+
+
+OPTION = some.sampled_from([*settings.kinds(), "none"])
+WORD = some.sampled_from(["1", "x", "nan", "true", "", "1e400", "-3"]) | some.text(max_size=9)
+
+
+@fuzz
+@hypothesis.given(some.lists(some.tuples(OPTION, WORD).map("--{0[0]}={0[1]}".format) | WORD).map("\n".join))
+def test_a_file_of_options(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "options"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    found = or_one_sentence(lambda: settings.parse([f"@{file}"]))
+    assert found is None or isinstance(found, Settings)
+
+
+@fuzz
+@hypothesis.given(
+    some.binary(max_size=99) | some.lists(LINE.map(json.dumps), max_size=3).map("\n".join).map(str.encode)
+)
+def test_a_file_of_records(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    file.write_bytes(content)
+    found = or_one_sentence(lambda: records.read(file))
+    assert found is None or all(isinstance(record, dict) and "row" in record for record in found)
+
+
+@fuzz
+@hypothesis.given(JSON.map(json.dumps).map(str.encode) | some.binary(max_size=50))
+def test_the_progress_of_a_checkpoint(tmp_path_factory, content):
+    from sd3kit.dreambooth import saving
+
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "progress.json").write_bytes(content)
+    alone = types.SimpleNamespace(num_processes=1)
+    found = or_one_sentence(lambda: saving.read_progress(Settings(seed=0), alone, folder))
+    assert found is None or all(isinstance(value, int) for value in found.values())
+
+
+FILES = sorted(path.relative_to(NANO) for path in NANO.rglob("*") if path.suffix in (".json", ".safetensors"))
+
+
+@fuzz
+@hypothesis.given(some.sampled_from(FILES), some.none() | some.binary(max_size=20) | JSON.map(json.dumps))
+def test_a_folder_of_a_model(tmp_path_factory, changed, content):
+    """One file of it is another or gone: what looks at a folder before it is loaded says so, or finds its parts."""
+    folder = tmp_path_factory.mktemp("model")
+    for path in FILES:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).symlink_to(NANO / path)
+    (folder / changed).unlink()
+    if content is not None:
+        (folder / changed).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = or_one_sentence(lambda: parts.examine(folder, set(), None))
+    assert found is None or "transformer" in found

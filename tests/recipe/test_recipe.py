@@ -180,7 +180,7 @@ def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
 
 def test_without_npm_the_recipe_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
-    assert command.main(["train", "--work", str(tmp_path)]) == 1
+    assert command.main(["train", "--work", str(tmp_path)]) == 2
     assert "npm is needed" in capsys.readouterr().err
 
 
