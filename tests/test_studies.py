@@ -62,14 +62,8 @@ def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
 
 
 def test_two_processes_share_the_rows(tmp_path):
-<<<<<<< HEAD
-    script = tmp_path / "squares.py"
-    script.write_text(
-        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(next(iter(studies.__path__)))!r})\n"
-=======
     script = (
-        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(studies.__path__[0])!r})\n"
->>>>>>> reliability
+        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(next(iter(studies.__path__)))!r})\n"
         "from studies.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
