@@ -29,9 +29,9 @@ BASE = dict(
     caption_column="text",
     resolution=128,
     max_sequence_length=20,
-    train_batch_size=5,
+    train_batch_size=8,
     max_train_steps=100,
-    learning_rate=4e-3,
+    learning_rate=6e-3,
     lr_scheduler="cosine",
     lr_warmup_steps=5,
     rank=16,
@@ -39,49 +39,54 @@ BASE = dict(
     cache_latents=True,
     report_to="none",
 )
-DRAWING = dict(num_inference_steps=14, max_sequence_length=BASE["max_sequence_length"])  # as it was trained
-FULL = dict(full_finetuning=True, lora_layers=None, learning_rate=1e-3)
+DRAWING = dict(num_inference_steps=10, max_sequence_length=BASE["max_sequence_length"])  # as it was trained
 UNTAUGHT = dict(max_train_steps=None)
-PRIOR = dict(with_prior_preservation=True, class_prompt="a robot", num_class_images=10, sample_batch_size=10)
 # One change to BASE each; a caption that does not belong to its picture is made in the folder, see `_pictures`.
 CHANGES: dict[str, dict] = {
     "before": UNTAUGHT,
     "base": {},
-    "rank 2": {"rank": 2},
-    "rank 64": {"rank": 64},
+    "a third of the steps": {"max_train_steps": BASE["max_train_steps"] // 3},
     "attention alone": {"lora_layers": None},
-    "30 steps": {"max_train_steps": 30},
-    "300 steps": {"max_train_steps": 300},
-    "rate 1e-3": {"learning_rate": 1e-3},
-    "rate 1.6e-2": {"learning_rate": 1.6e-2},
-    "prior preservation": PRIOR,
-    "in full": FULL,
-    "in full, guidance 3": FULL,
-    "before, guidance 3": UNTAUGHT,  # the control of the row above
+    "prior preservation": dict(
+        with_prior_preservation=True,
+        class_prompt="a robot",
+        num_class_images=8,
+        sample_batch_size=8,
+        train_batch_size=4,
+    ),
     "captions shuffled": {},
-    "sigma squared in the loss": {"precondition_outputs": 1},
+    "in full": dict(full_finetuning=True, lora_layers=None, learning_rate=1e-3),
 }
-GUIDANCE = {"in full, guidance 3": 3.0, "before, guidance 3": 3.0}  # what is drawn otherwise than at 7
-COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the five pictures
-OTHERS = ("robot", "fox", "panda", "rocket", "mushroom", "star")
+SCALES = {"before": (1.0, 3.0, 7.0), "base": (1.0, 3.0, 7.0), "in full": (3.0, 7.0)}  # of guidance; 7 for the others
+COLOURS = ("blue", "red", "purple", "orange", "brown", "black")  # none of them in the eight pictures
+OTHERS = ("fox", "panda", "rocket", "mushroom", "star")
 
 
-def prompts(count: int) -> tuple[list[str], list[str]]:
-    """So many prompts of the new subject on new backgrounds, and as many of other subjects."""
-    new = [f"a sks robot on a {COLOURS[i % 6]} background" for i in range(count)]
-    others = [f"a {OTHERS[i % 6]} on a {COLOURS[(i + i // 6) % 6]} background, flat" for i in range(count)]
-    return new, others
+def prompts(count: int) -> dict[str, list[str]]:
+    """Prompts of the new subject on new backgrounds, of other subjects, and half as many of the class without `sks`."""
+    return {
+        "new": [f"a sks robot on a {COLOURS[i % 6]} background" for i in range(count)],
+        "others": [f"a {OTHERS[i % 5]} on a {COLOURS[i % 6]} background, flat" for i in range(count)],
+        "class": [f"a robot on a {COLOURS[i % 6]} background, flat" for i in range(count // 2)],
+    }
 
 
 @functools.cache
 def before(count: int, scale: float) -> list[np.ndarray]:
     """The other subjects as nano draws them untaught, at this guidance scale."""
-    drawn = pictures(tools()[0], prompts(count)[1], guidance_scale=scale, **DRAWING)
+    drawn = pictures(tools()[0], prompts(count)["others"], guidance_scale=scale, **DRAWING)
     return [np.asarray(image, np.float32) for image in drawn]
 
 
+@functools.lru_cache(maxsize=1)  # the rows of one training stand together
+def model(change: str, seed: int):
+    """The pipeline that a change taught, of `taught`; its files are gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        return taught(change, seed, Path(folder))
+
+
 def taught(change: str, seed: int, folder: Path, **more):
-    """The pipeline after a training with one change (or a drawing with one); its result is written to `folder`/out.
+    """The pipeline after a training with one change; its result is written to `folder`/out.
 
     nano itself is not changed: a LoRA is loaded into a pipeline of its own.
     """
@@ -108,7 +113,7 @@ def taught(change: str, seed: int, folder: Path, **more):
 
 
 def _pictures(folder: Path, shuffled: bool, seed: int) -> Path:
-    """A copy of the five pictures; `shuffled` gives each picture the caption of another."""
+    """A copy of the eight pictures; `shuffled` gives each picture the caption of another."""
     copy = folder / "pictures"
     shutil.copytree(subject.PICTURES, copy)
     if shuffled:
@@ -124,23 +129,20 @@ def _pictures(folder: Path, shuffled: bool, seed: int) -> Path:
     return copy
 
 
-def dreambooth(row: dict, count: int = 18, **more) -> dict:
-    """What was learnt (our robot, on the background asked for) and what was lost (other subjects), by nano's judge."""
-    judge = subject.judge()
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = taught(row["change"], row["seed"], Path(folder), **more)
-    new, others = prompts(count)
-    scale = GUIDANCE.get(row["change"], 7.0)
-    drawn, rest = (pictures(pipe, asked, guidance_scale=scale, **DRAWING) for asked in (new, others))
-    kept = [judge.subject(image) for image in rest]
+def dreambooth(row: dict, count: int = 12) -> dict:
+    """What was learnt (our robot, on the background asked for) and what was lost (the class, others), by the judge."""
+    judge, scale = subject.judge(), row["guidance"]
+    pipe, asked = model(row["change"], row["seed"]), prompts(count)
+    drawn = {name: pictures(pipe, some, guidance_scale=scale, **DRAWING) for name, some in asked.items()}
+    kept = [judge.subject(image) for image in drawn["others"]]
     return {
-        "our robot": share([subject.is_robot(judge, image) for image in drawn]),
+        "our robot": share([subject.is_robot(judge, image) for image in drawn["new"]]),
         "background": share(
-            [f" {judge.background(image)} " in prompt for image, prompt in zip(drawn, new, strict=True)]
+            [f" {judge.background(image)} " in words for image, words in zip(drawn["new"], asked["new"], strict=True)]
         ),
-        "others kept": share([k is not None and k[0] in p.split() for k, p in zip(kept, others, strict=True)]),
-        "others turned into it": share([subject.is_robot(judge, image) for image in rest]),
-        "drift": mean([_change(a, b) for a, b in zip(rest, before(count, scale), strict=True)]),
+        "others kept": share([k is not None and k[0] in p.split() for k, p in zip(kept, asked["others"], strict=True)]),
+        "robots turned into it": share([subject.is_robot(judge, image) for image in drawn["class"]]),
+        "drift": mean([_change(a, b) for a, b in zip(drawn["others"], before(count, scale), strict=True)]),
     }
 
 
@@ -149,11 +151,16 @@ def _change(image: Image.Image, earlier: np.ndarray) -> float:
     return float(np.abs(np.asarray(image, np.float32) - earlier).mean())
 
 
+SEEDS = {"base": (0, 1)}  # of the trainings; one for the others
 STUDIES = {
     "dreambooth": Study(
-        "what DreamBooth on nano teaches and spoils, one change at a time, 3 seeds",
-        [{"change": change, "seed": 0} for change in CHANGES if CHANGES[change] == UNTAUGHT]
-        + [{"change": change, "seed": s} for s in range(3) for change in CHANGES if CHANGES[change] != UNTAUGHT],
+        "what DreamBooth on nano teaches and spoils, one change at a time",
+        [
+            {"change": change, "seed": seed, "guidance": scale}
+            for change in CHANGES
+            for seed in SEEDS.get(change, (0,))
+            for scale in (SCALES.get(change, (7.0,)) if seed == 0 else (7.0,))
+        ],
         dreambooth,
     )
 }

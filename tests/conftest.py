@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
         if item.get_closest_marker("shapes") and not os.environ.get("SD3KIT_TEST_SHAPES"):
             item.add_marker(pytest.mark.skip(reason="runs every lesson twice more: `make test-shapes`, nightly"))
+        if item.get_closest_marker("night") and not os.environ.get("SD3KIT_TEST_NIGHT"):
+            item.add_marker(pytest.mark.skip(reason="long: SD3KIT_TEST_NIGHT=1, nightly"))
         if item.get_closest_marker("hub") and not os.environ.get("SD3KIT_TEST_HUB"):
             item.add_marker(
                 pytest.mark.skip(reason="needs the Hugging Face Hub: set SD3KIT_TEST_HUB=1 where there is one")

@@ -281,6 +281,7 @@ def test_text_to_image_is_the_same_with_where_it_looks(bench, pipe):
     torch.testing.assert_close(torch.tensor(got["looks"]).view_as(maps), maps, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.night
 def test_without_guidance_and_at_another_size_it_is_the_same(bench, pipe):
     settings = dict(prompt=FOX, negative_prompt="", seed=11, steps=2, guidance=1.0, shift=3.0, size=64)
     same(pixels(draw(bench, settings)), explore.text_to_image(pipe, **settings).image)
@@ -393,6 +394,7 @@ def test_every_caption_of_the_recipe_is_known(site):
     assert site.evaluate(script, captions) == []
 
 
+@pytest.mark.night
 def test_chips_change_the_prompt(site):
     site.get_by_label("Prompt", exact=True).fill("a fox on a blue background, 3d")
     for group, chip in (("Subjects", "owl"), ("Background colours", "orange"), ("Styles", "noto")):
@@ -447,6 +449,7 @@ def test_a_wrong_setting_is_said_and_not_mended(site):
     assert site.inner_text("#status").startswith("The prompt is empty")
 
 
+@pytest.mark.night
 def test_two_settings_side_by_side_on_the_same_seeds(site):
     site.get_by_role("tab", name="Compare").click()
     site.locator("#prompt").fill("a sun on a purple background, flat")
@@ -463,6 +466,7 @@ def test_two_settings_side_by_side_on_the_same_seeds(site):
     site.get_by_text("One", exact=True).click()
 
 
+@pytest.mark.night
 def test_a_picture_is_changed_under_a_mask_painted_by_hand(site):
     site.get_by_role("button", name="Change it").click()
     site.wait_for_function("document.querySelector('#status').textContent.startsWith('Say what')")
@@ -483,6 +487,7 @@ def test_a_picture_is_changed_under_a_mask_painted_by_hand(site):
     assert explore.from_png(Path(download.value.path()))["strength"] == 1
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("way", ["paste", "drop"])
 def test_a_picture_is_taken_by_paste_and_by_drop(site, way):
     site.get_by_role("tab", name="Text to image").click()
@@ -510,6 +515,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_sentence(site):
     site.get_by_role("tab", name="Text to image").click()
 
 
+@pytest.mark.night
 def test_settings_come_back_from_a_picture_of_python(site, pipe):
     made = explore.text_to_image(pipe, "a ghost, \u201cnoto\u201d", seed=9, steps=2, guidance=3.0)
     site.locator("#settings-file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": made.png()})
@@ -531,6 +537,7 @@ def test_stop_ends_what_is_drawn_and_what_waits(site):
     drawn(site)
 
 
+@pytest.mark.night
 def test_a_link_holds_the_settings(site, browser):
     site.locator("#negative_prompt").evaluate("input => { input.value = 'flat'; }")
     site.get_by_role("button", name="Copy link").click()
@@ -543,6 +550,7 @@ def test_a_link_holds_the_settings(site, browser):
     other.close()
 
 
+@pytest.mark.night
 def test_the_layout_never_jumps(site):
     assert sum(site.evaluate("window.shifts")) < 0.02
 
@@ -562,6 +570,7 @@ def test_nothing_serious_in_the_accessibility_scan(site, width, scheme):
     shot(site, f"site-{width}-{scheme}")
 
 
+@pytest.mark.night
 def test_the_gallery_survives_a_reload(site):
     before = site.locator("#gallery img").count()
     newest = site.locator("#gallery img").first.get_attribute("alt")
@@ -592,6 +601,7 @@ def test_a_file_that_is_missing_is_said_in_one_sentence(browser, address):
     context.close()
 
 
+@pytest.mark.night
 def test_any_web_host_in_a_folder_will_do(browser, address):
     """Without the headers of serve.py: with the page's own service worker on threads, without it on one."""
 

@@ -8,6 +8,7 @@ import warm
 
 import studies
 from sd3kit import records, study
+from sd3kit.dreambooth import subject
 from studies import drawing, store, teaching, training
 from studies.__main__ import STUDIES, main
 from studies.store import Study
@@ -62,7 +63,7 @@ def test_rows_are_kept_in_the_order_of_the_study(tmp_path):
 
 def test_two_processes_share_the_rows(tmp_path):
     script = (
-        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(studies.__path__[0])!r})\n"
+        f"import os, pathlib, sys\nsys.path.append({os.path.dirname(next(iter(studies.__path__)))!r})\n"
         "from studies.store import Study, run\n"
         "rows = [{'n': n} for n in range(4)]\n"
         "run('squares', Study('', rows, lambda row: {'by': os.environ['RANK']}), pathlib.Path(sys.argv[1]))\n"
@@ -171,14 +172,24 @@ def test_the_mean_of_the_samplers_is_right():
     assert training.SAMPLERS["lognorm(1, 0.6)"](20_000).mean() > 0.65
 
 
-def test_dreambooth_measured_again_in_part():
-    stored, again = stored_row("dreambooth", change="base", seed=0), teaching.dreambooth({"change": "base", "seed": 0})
-    for name in ("our robot", "background", "others kept", "others turned into it"):
+def test_dreambooth_measured_again_in_part(tmp_path):
+    """The control again, with fewer pictures; and that what a training taught is in the pipeline that is measured."""
+    row = {"change": "before", "seed": 0, "guidance": 7.0}
+    stored, again = stored_row("dreambooth", **row), teaching.dreambooth(row, count=4)
+    for name in ("our robot", "background", "others kept", "robots turned into it"):
         assert shares_agree(stored[name], again[name], again[name]["n"]), name
+    assert again["drift"]["mean"] == 0
+    taught = teaching.taught("base", 0, tmp_path, max_train_steps=1, train_batch_size=1, resolution=64)
+    learnt = [value for name, value in taught.transformer.named_parameters() if "lora_B" in name]
+    assert len(learnt) > 50 and any(value.abs().max() > 0 for value in learnt)
 
 
 def test_shuffled_captions_leave_no_picture_its_own(tmp_path):
     mixed = teaching._pictures(tmp_path, shuffled=True, seed=1) / "metadata.jsonl"
     rows = [json.loads(line) for line in mixed.read_text().splitlines()]
-    assert len(rows) == 5 and len({row["text"] for row in rows}) == 5
-    assert all(row["file_name"].removesuffix(".png") not in row["text"] for row in rows)
+    own = [json.loads(line) for line in (subject.PICTURES / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and {row["text"] for row in rows} == {row["text"] for row in own}
+    assert all(
+        row["file_name"] == mine["file_name"] and row["text"] != mine["text"]
+        for row, mine in zip(rows, own, strict=True)
+    )

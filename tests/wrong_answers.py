@@ -87,16 +87,17 @@ WRONG = {
             ("gib = lambda parameters, bits: parameters * bits / 8 / 1e9", "thousand million"),
         ],
         [
-            ("without_negative = size", "with the negative prompt"),
-            ("without_negative = sum(parts.values())", "all parts together"),
+            ("without_negative = max(offloaded(stages))", "with the negative prompt"),
+            ("without_negative = sum(weights.values())", "all parts together"),
         ],
         [
+            ("in_blocks = lambda weight, bits, block: rounded(weight, bits)", "each block has its own scale"),
+            ("in_blocks = lambda weight, bits, block: rounded(weight.reshape(-1, block), bits)", "own shape again"),
             (
-                "absmax = lambda row: ((row / row.abs().max() * 127).round(), row.abs().max() / 127)",
-                "stored as torch.int8",
-            ),
-            (
-                "absmax = lambda row: ((row / row.abs().max() * 127).to(torch.int8), row.abs().max() / 127)",
+                """def in_blocks(weight, bits, block):
+    rows = weight.reshape(-1, block)
+    scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return ((rows / scale).trunc() * scale).view_as(weight)""",
                 "round to the nearest",
             ),
         ],

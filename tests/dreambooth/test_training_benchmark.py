@@ -1,13 +1,13 @@
 """The benchmark: our command beside diffusers' script, and the ladder."""
 
-import argparse
+import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
-import torch
-from runs import PICTURES, one_sentence
+from runs import one_sentence
 
 from sd3kit import records
 from sd3kit.dreambooth import benchmark
@@ -33,39 +33,43 @@ def test_every_row_has_its_time_peak_and_loss_or_says_why_not(tmp_path, capsys, 
         "import sys\nfrom pathlib import Path\nfrom PIL import Image\n"
         "from sd3kit.dreambooth.__main__ import main\nfrom sd3kit.dreambooth.settings import parse\n"
         "pictures = [Image.open(path) for path in Path(parse().instance_data_dir).iterdir()]\n"
-        "assert len(pictures) == 5 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
+        "assert len(pictures) == 8 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
     )
     out = tmp_path / "records.jsonl"
-    options = ["--steps=4", "--resolution=64", f"--out={out}", "--sets", "equal", "NF4", "--weights=random"]
-    failed = 0 if torch.cuda.is_available() else 1  # NF4 needs a GPU: an error of a row is one for the shell
-    assert benchmark.main([*options, f"--script={script}"]) == failed
-    ours, theirs, nf4 = records.read(out)
-    assert [r["row"] for r in (ours, theirs, nf4)] == ["equal, sd3kit", "equal, diffusers' script", "NF4, sd3kit"]
+    options = ["--steps=4", "--resolution=64", f"--out={out}", "--weights=random", f"--script={script}", "--sets"]
+    assert benchmark.main([*options, "equal"]) == 0
+    ours, theirs = records.read(out)
+    assert [r["row"] for r in (ours, theirs)] == ["equal, sd3kit", "equal, diffusers' script"]
     assert ours["seconds"]["n"] == 2 and ours["seconds"]["median"] > 0
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and 0 < ours["loss"] < 3
     assert ours["host_peak"] > 2**27
     assert "--script script.py --model nano --weights random --resolution 64" in ours["stamp"]["command"]
-    if failed:
-        assert "--base_quantization needs a GPU" in nf4["raises"]
     said = capsys.readouterr().out
     assert "equal, sd3kit" in said and f"loss {ours['loss']:.4f}" in said
 
-    def never(*_):
-        raise AssertionError("measured again")
+    def fails(target, arguments):
+        assert "--base_quantization=nf4" in arguments, "measured again"  # what is there is left
+        raise RuntimeError("--base_quantization needs a GPU.")
 
-    monkeypatch.setattr(benchmark, "run", never)
-    assert benchmark.main([*options, f"--script={script}"]) == failed  # what is there is left
-    assert len(records.read(out)) == 3
+    monkeypatch.setattr(benchmark, "run", fails)
+    assert benchmark.main([*options, "equal", "NF4"]) == 1  # an error of a row is one for the shell
+    assert "needs a GPU" in records.read(out)[2]["raises"] and len(records.read(out)) == 3
 
 
 def test_what_was_timed_is_kept_where_the_loss_cannot_be_measured(monkeypatch):
     def full(arguments, out):
         raise RuntimeError("out of memory")
 
+    def trained(command, **_):  # in place of the process: what `inside` writes
+        report = Path(command[command.index("--report") + 1])
+        report.write_text(json.dumps({"host_peak": 2**28, "device_peak": None, "updates": [0.0, 1.0, 3.0, 4.0]}))
+        return types.SimpleNamespace(returncode=0, stderr="")
+
     monkeypatch.setattr(benchmark, "saved_loss", full)
-    given = dict(resolution=64, batch=1, steps=4, precision="no")
-    found = benchmark.run("sd3kit.dreambooth", benchmark.arguments(argparse.Namespace(**given), "nano", PICTURES))
-    assert found["seconds"]["n"] == 2 and found["failed"].endswith("RuntimeError: out of memory")
+    monkeypatch.setattr(benchmark.subprocess, "run", trained)
+    found = benchmark.run("sd3kit.dreambooth", [])
+    assert found["seconds"] == {"median": 1.5, "low": 1.0, "high": 2.0, "n": 2}
+    assert found["failed"].endswith("RuntimeError: out of memory")
     assert "out of memory" in benchmark.line(found | {"row": "defaults, sd3kit"})
 
 

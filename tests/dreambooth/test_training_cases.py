@@ -46,11 +46,11 @@ OPTIONS = [  # options, a part of the sentence
     ({"output_dir": ""}, "--output_dir is empty"),
     ({"output_dir": " "}, "--output_dir is empty"),
     ({"output_dir": "x" * 300}, "too long"),
-    ({"output_dir": f"{PICTURES}/pink.png"}, "a file is where its folder should be"),
-    ({"output_dir": f"{PICTURES}/pink.png/out"}, "a file is where its folder should be"),
+    ({"output_dir": f"{PICTURES}/small.png"}, "a file is where its folder should be"),
+    ({"output_dir": f"{PICTURES}/small.png/out"}, "a file is where its folder should be"),
     ({"output_dir": "/proc/out"}, "cannot be written"),
     ({"instance_data_dir": "x" * 300}, "There is no folder"),
-    ({"instance_data_dir": f"{PICTURES}/pink.png"}, "There is no folder"),
+    ({"instance_data_dir": f"{PICTURES}/small.png"}, "There is no folder"),
     ({"instance_prompt": "a \udcff robot"}, "--instance_prompt holds bytes that are no text"),
     ({"validation_prompt": "a \udcff robot"}, "--validation_prompt holds bytes that are no text"),
     ({"resume_from_checkpoint": "x" * 300}, "There is no whole checkpoint"),
@@ -147,7 +147,7 @@ CAPTIONS = [  # the files beside a.png and b.png; the two captions, or a part of
 @pytest.mark.parametrize(("given", "wanted"), CAPTIONS)
 def test_captions(given, wanted, tmp_path):
     for name in "ab":
-        shutil.copy(f"{PICTURES}/pink.png", tmp_path / f"{name}.png")
+        shutil.copy(f"{PICTURES}/small.png", tmp_path / f"{name}.png")
     for name, content in given.items():
         (tmp_path / name).write_bytes(content)
     column = None if "b.txt" in given else "text"

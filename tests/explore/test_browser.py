@@ -294,6 +294,7 @@ def test_stop_in_the_lesson(lab, explorer):
     assert "1 steps" in done(explorer, "Done: 1 steps")
 
 
+@pytest.mark.night
 def test_sliders_moved_quickly_end_with_the_last_setting(lab, explorer):
     before = explorer.get_by_role("button", name=re.compile("^Back to")).count()
     unfold(explorer)
@@ -324,6 +325,7 @@ def test_an_error_in_the_lesson_is_one_line_and_the_next_try_works(lab, explorer
     assert judge.background(picture(explorer, "a fox on a red background, flat; seed 0")) == "red"
 
 
+@pytest.mark.night
 def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
     explorer.get_by_label("Prompt", exact=True).focus()
     wording = "an apple on a yellow background, flat"
@@ -357,6 +359,7 @@ def test_the_lesson_by_keyboard_alone(lab, explorer, judge):
     assert judge.background(picture(explorer, f"{wording}; seed 0")) == "yellow"
 
 
+@pytest.mark.night
 def test_a_comparison_stands_side_by_side(lab, explorer):
     unfold(explorer)
     explorer.get_by_label("Compare", exact=True).select_option("Guidance")
@@ -370,6 +373,7 @@ def test_a_comparison_stands_side_by_side(lab, explorer):
     done(explorer, r"Done: \d+ steps")
 
 
+@pytest.mark.night
 def test_a_negative_seed_is_refused(lab, explorer):
     box = explorer.get_by_label("Seed", exact=True)
     box.fill("-5")
@@ -431,6 +435,7 @@ def test_the_page_draws_an_idea_and_its_download_brings_the_settings_back(site, 
     shot(site, "page-text")
 
 
+@pytest.mark.night
 def test_a_new_picture_leaves_the_focus_on_the_download_link(site):
     root = site.locator(".sd3kit-explorer").first
     done(root)
@@ -442,6 +447,7 @@ def test_a_new_picture_leaves_the_focus_on_the_download_link(site):
     site.wait_for_function("document.activeElement.innerText === 'Download this PNG'", timeout=PATIENCE)
 
 
+@pytest.mark.night
 def test_the_page_changes_the_picture_and_inpaints(site, tmp_path):
     root = site.locator(".sd3kit-explorer").nth(1)
     Image.new("RGB", (96, 96), "teal").save(tmp_path / "teal.png")

@@ -36,6 +36,16 @@ def test_a_feature_without_effect_is_not_said_to_work(monkeypatch):
     assert matrix.outcome("nothing", None)["verdict"] == "no effect"
 
 
+def test_an_old_answer_is_seen(monkeypatch):
+    def keeps_the_first(model):
+        forward, kept = model.forward, []
+        model.forward = lambda *inputs, **named: kept[0] if kept else kept.append(forward(*inputs, **named)) or kept[0]
+        return lambda: "reuse"
+
+    monkeypatch.setitem(matrix.FEATURES, "old", matrix.Feature(keeps_the_first, 1e-4, matrix.small, matrix.run))
+    assert matrix.outcome("old", None)["verdict"] == "changes the result"
+
+
 def test_first_block_cache_stops_at_the_last_block_even_in_a_context():
     assert "NoneType" in matrix.outcome("first_block_cache_in_a_context", None)["detail"]
 
