@@ -50,7 +50,7 @@ def spread(pipe, seeds: int = 6, **settings) -> dict[str, dict]:
     return {"place": mean(places), "pixels": mean(levels)}
 
 
-def turbo_row(row: dict, count: int = 60) -> dict:
+def turbo_row(row: dict, count: int = 45) -> dict:
     """Adherence on held-out prompts of each kind, and the spread over seeds, at so many steps."""
     pipe, judge = ready(row["model"])
     own, settings, found = pipe.scheduler, dict(num_inference_steps=row["steps"], guidance_scale=row["guidance"]), {}
