@@ -12,6 +12,7 @@ from sd3kit.recipe import scenes, turbo
 from sd3kit.recipe.evaluate import ask, pictures, tally
 from sd3kit.recipe.judge import Judge, subject_mask
 from sd3kit.records import mean
+
 from .drawing import drawn_right
 from .store import Study
 
