@@ -9,11 +9,12 @@ from sd3kit.errors import answer
 from sd3kit.files import check_writable
 
 from .drawing import STUDIES as DRAWING
+from .few import STUDIES as FEW
 from .store import run
 from .teaching import STUDIES as TEACHING
 from .training import STUDIES as TRAINING
 
-STUDIES = DRAWING | TRAINING | TEACHING
+STUDIES = DRAWING | TRAINING | TEACHING | FEW
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -65,12 +65,14 @@ def encoders(row: dict, count: int = 60) -> dict:
     return found | {"text": tally(judge, drawn[count:], asked[count:])["text"]}
 
 
-def drawn_right(count: int, **settings) -> dict:
+def drawn_right(count: int, pipe=None, **settings) -> dict:
     """Adherence of single subjects, and the distance to the art that was asked for: its mean, and of each picture.
 
     The prompts and seeds are the same whatever the settings, so that rows can be compared picture by picture.
+    `pipe` is nano's where none is given.
     """
-    pipe, judge = tools()
+    own, judge = tools()
+    pipe = pipe or own
     asked = ask("single", count, judge.subjects, False, 12)
     drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], **settings)
     far = [

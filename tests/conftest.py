@@ -57,6 +57,15 @@ def pipe():
 
 
 @pytest.fixture(scope="session")
+def turbo():
+    import sd3kit
+
+    turbo = sd3kit.load("nano-turbo", quiet=True)
+    turbo.set_progress_bar_config(disable=True)
+    return turbo
+
+
+@pytest.fixture(scope="session")
 def judge():
     from sd3kit.recipe.judge import Judge
 

@@ -23,14 +23,15 @@ LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
-    """What the outputs of a notebook depend on: its code, and nano's weights."""
-    from sd3kit.loading.names import NANO
+    """What the outputs of a notebook depend on: its code, nano's weights, and nano-turbo's where it names them."""
+    from sd3kit.loading.names import NANO, TURBO
 
     digest = hashlib.sha256()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             digest.update(cell.source.encode())
-    for weights in sorted(NANO.rglob("*.safetensors")):
+    turbo = any("nano-turbo" in cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for weights in (*sorted(NANO.rglob("*.safetensors")), *(TURBO.glob("*.safetensors") if turbo else ())):
         digest.update(weights.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -6,10 +6,11 @@ import os
 import pytest
 import warm
 
+import sd3kit
 import studies
 from sd3kit import records, study
 from sd3kit.dreambooth import subject
-from studies import drawing, store, teaching, training
+from studies import drawing, few, store, teaching, training
 from studies.__main__ import STUDIES, main
 from studies.store import Study
 
@@ -150,6 +151,26 @@ def test_words_measured_again_in_part():
     row = {"method": "raw, mean of steps", "word": "the subject"}
     stored, again = stored_row("words", **row)["iou"], drawing.words(row, count=4)["iou"]
     assert again["low"] <= stored["high"] and again["high"] >= stored["low"]
+
+
+def test_turbo_measured_again_in_part(turbo, judge, monkeypatch):
+    monkeypatch.setattr(few, "ready", lambda model: (turbo, judge))
+    row = {"model": "nano-turbo", "steps": 2, "guidance": 1.0}
+    stored, again = stored_row("turbo", **row), few.turbo_row(row, count=6)
+    for name in ("background", "subject", "style", "text", "sides", "count"):
+        assert shares_agree(stored[name], again[name], again[name]["n"]), name
+    assert turbo.scheduler.config.shift_terminal == 0.5, "as it was"
+
+
+def test_ways_of_distilling_differ_in_target_and_path():
+    losses, pipe = {}, sd3kit.load("nano", quiet=True)
+    for way in few.WAYS[1:]:
+        losses[way] = few.learn(pipe, way, steps=2, batch=1)
+        assert pipe.get_list_adapters() == {"transformer": ["way"]}
+        pipe.delete_adapters("way")
+    guidance, teacher, own = losses.values()
+    assert teacher[0] == pytest.approx(own[0], rel=1e-4) != pytest.approx(guidance[0], rel=1e-4)
+    assert teacher[1] != pytest.approx(own[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

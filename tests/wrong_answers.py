@@ -143,6 +143,21 @@ WRONG = {
             ),
         ],
     ],
+    "07_few_steps": [
+        [("passes = 80", "a third time"), ("passes = 88", "both ends")],
+        [
+            ("chord = lambda s, e, h, t: (e - s) / (h - t)", "the sign"),
+            ("chord = lambda s, e, h, t: e - s", "divide by the length"),
+        ],
+        [
+            ("stretch = lambda s, last: s * last / s[-1]", "first level must stay 1"),
+            ("stretch = lambda s, last: 1 - (1 - s) * last", "should be 0.5"),
+        ],
+        [
+            ("reflow_pair = lambda n, p, s: ((1 - s) * n + s * p, n - p)", "share of the noise"),
+            ("reflow_pair = lambda n, p, s: ((1 - s) * p + s * n, p - n)", "points to the noise"),
+        ],
+    ],
     "06_dreambooth_lora": [
         [
             ("lora_count = lambda out, inner, rank: out * inner", "the whole matrix"),

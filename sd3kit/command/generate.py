@@ -11,9 +11,10 @@ from pathlib import Path
 from .. import files
 from ..errors import UserError
 from ..loading import configs
-from ..loading.names import MODELS, resolve
+from ..loading.names import MODELS, own_settings, resolve
 
-LARGEST = {name: config["pos_embed_max_size"] * 16 for name, config in configs.TRANSFORMER.items()} | {"nano": 256}
+LARGEST = {name: config["pos_embed_max_size"] * 16 for name, config in configs.TRANSFORMER.items()}
+LARGEST |= {"nano": 256, "nano-turbo": 256}
 SETTINGS = "settings.json"  # what the pictures of a folder share
 MOST = 100_000  # pictures of one folder
 LONGEST = 10_000  # characters of a prompt; the text encoders read some hundred
@@ -35,8 +36,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (%(default)s)")
-    parser.add_argument("--steps", type=int, default=28, help="1 to 1000 (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.0, help="1 to 20; 1 is none (%(default)s)")
+    parser.add_argument("--steps", type=int, help="1 to 1000 (what the model is made for: 28, of nano-turbo 4)")
+    parser.add_argument("--guidance", type=float, help="1 to 20; 1 is none (the model's own: 7, of nano-turbo 1)")
     parser.add_argument("--size", type=int, help="pixels of each side, divisible by 16 (the model's own)")
 
 
@@ -56,6 +57,9 @@ def run(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> list[str]:
     """The prompts; whatever can be wrong is said before a model is loaded."""
     prompts = _prompts(options)
+    for name, value in own_settings(options.model).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     for text in (*prompts, options.negative):
         if len(text) > LONGEST:
             raise UserError(f"a prompt may have {LONGEST} characters, not {len(text)}: shorten {text[:40]!r}...")

@@ -33,7 +33,7 @@ def check() -> None:
         size = weight_bytes(name) / 2**30
         if size > memory:
             verdict = "its weights do not fit at once; lesson 04 shows how to make it fit"
-        elif device == "cpu" and name != "nano":
+        elif device == "cpu" and not name.startswith("nano"):
             verdict = "fits, but takes many minutes a picture without a GPU"
         else:
             verdict = "yes"
@@ -42,6 +42,7 @@ def check() -> None:
 
 def weight_bytes(name: str) -> int:
     """Bytes of a model's weights at two bytes each; nano's as its files have them."""
-    if name == "nano":
-        return sum(file.stat().st_size for file in Path(resolve("nano")).rglob("*.safetensors"))
+    if name.startswith("nano"):  # nano-turbo is nano and an adapter
+        folders = {resolve("nano"), resolve(name)}
+        return sum(file.stat().st_size for folder in folders for file in Path(folder).rglob("*.safetensors"))
     return 2 * configs.PARAMETERS[name]

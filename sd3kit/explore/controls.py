@@ -8,7 +8,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from .drawing import native_size, shift_of, sizes
+from .drawing import native_size, own_settings, shift_of, sizes
 
 HTML = widgets.HTML
 
@@ -23,14 +23,14 @@ def control(kind: str, label: str, **traits: Any) -> widgets.Widget:
 
 def shared(pipe, prompt: str) -> dict[str, widgets.Widget]:
     """The controls that all explorers have, by the names of the settings."""
-    (low, high), native = sizes(pipe), native_size(pipe)
+    (low, high), native, usual = sizes(pipe), native_size(pipe), own_settings(pipe)
     sides = range(max(low, native // 2), min(high, 2 * native) + 1, max(16, native // 8))
     found = {
         "prompt": control("Text", "Prompt", value=prompt),
         "negative_prompt": control("Text", "Negative prompt"),
         "seed": control("IntText", "Seed", value=0),  # not a bounded one, which takes -5 for 0 without a word
-        "steps": control("IntSlider", "Steps", value=28, min=1, max=50),
-        "guidance": control("FloatSlider", "Guidance", value=7.0, min=1.0, max=20.0, step=0.5),
+        "steps": control("IntSlider", "Steps", value=usual["steps"], min=1, max=50),
+        "guidance": control("FloatSlider", "Guidance", value=usual["guidance"], min=1.0, max=20.0, step=0.5),
         "size": control("Dropdown", "Size in pixels", value=native, options=list(sides)),
     }
     if shift := shift_of(pipe.scheduler):

@@ -27,7 +27,7 @@ LIMITS = {
     "seed": (0, 2**63 - 1, int), "steps": (1, 1000, int), "guidance": (1, 20, float), "shift": (0.1, 100, float),
     "strength": (0, 1, float),
 }  # fmt: skip
-HOOKS = ("watch", "stop")
+HOOKS = ("watch", "stop", "kept")
 LONGEST = 10_000  # letters of a prompt; the encoders read some 1,500
 LATENTS = 16  # latent places to a side, of the pictures that the preview's map is fitted on
 
@@ -106,11 +106,17 @@ def checked(pipe, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def filled(pipe, prompt: str, given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     """`checked` settings: those given, without `watch` and `stop`, the function's own, and the usual ones."""
-    usual = dict(negative_prompt="", seed=0, steps=28, guidance=7.0, shift=None, size=None)
+    usual = dict(negative_prompt="", seed=0, shift=None, size=None) | own_settings(pipe)
     given = {name: value for name, value in given.items() if name not in HOOKS}
+    given = {name: value for name, value in given.items() if value is not None or name not in ("steps", "guidance")}
     if unknown := given.keys() - usual.keys():
         raise TypeError(f"There is no setting {sorted(unknown)[0]!r}: there are {', '.join(usual)}.")
     return checked(pipe, {"prompt": prompt, **usual, **given, **own})
+
+
+def own_settings(pipe) -> dict[str, float]:
+    """The steps and the guidance that a model is made for, as `sd3kit.load` notes them; else diffusers' defaults."""
+    return getattr(pipe, "own_settings", {"steps": 28, "guidance": 7.0})
 
 
 def sizes(pipe) -> tuple[int, int]:
@@ -220,11 +226,13 @@ def draw(pipe, settings: dict[str, Any], call: Callable, given: Mapping[str, Any
     Raises:
         Stopped: `stop` was set before the first step.
     """
-    watch, stop = map(given.get, HOOKS)
+    watch, stop = given.get("watch"), given.get("stop")
     watched, side = _Watched(watch, stop), settings["size"]
     with turn(pipe, stop):
         own = copy.copy(pipe)
         own.scheduler = scheduler_of(pipe, settings.get("shift"))
+        if settings["steps"] == 1 and own.scheduler.config.get("shift_terminal"):
+            own.scheduler.register_to_config(shift_terminal=None)  # a single level cannot be stretched: NaN
         # a thread's bar would land in any cell
         own.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}) | {"disable": True})
         start = time.perf_counter()

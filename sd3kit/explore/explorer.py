@@ -8,11 +8,12 @@ import contextlib
 import html
 import random
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .drawing import Watch
+from .drawing import Watch, own_settings
 from .drawn import Drawn, summary
 from .rounds import Rounds
 from .showing import WIDTH, figures, image_html, side_by_side
@@ -27,6 +28,8 @@ IDEAS = (
 )
 KEPT = 12  # pictures of the gallery
 LIVE_PARAMETERS = 10**8  # a model with fewer is quick enough to draw at every change
+FEW = 4  # steps of a model whose pictures follow each letter that is typed
+PASSING = 1.0  # seconds in which such a picture makes place for the next one in the gallery
 SCRIPT = Path(__file__).with_name("explorer.js")
 
 
@@ -43,7 +46,8 @@ class Explorer(Rounds):
         """
         Args:
             pipe: the pipeline; explorers of one pipeline wait for each other.
-            live: draw at each change of a control; None is yes for a small model.
+            live: draw at each change of a control; None is yes for a small model. With nano-turbo the picture follows
+                the typing too.
 
         Raises:
             ImportError: ipywidgets is not installed.
@@ -64,8 +68,11 @@ class Explorer(Rounds):
         self.shown: list[Drawn] = []  # side by side
         self.made: list[Drawn] = []  # the gallery's, the newest first
         self._held = False  # while controls are set without drawing
+        self._kept_at = 0.0  # when the last picture went into the gallery
         self._handle = None  # of the still in the notebook
         self.inputs = shared = ui.shared(pipe, prompt)
+        self._follows = live and own_settings(pipe)["steps"] <= FEW
+        shared["prompt"].continuous_update = self._follows  # at each letter, and not at Enter
         self.inputs = dict(shared)
         own = self.own()
         self._live = ui.control("Checkbox", "Draw at each change", value=live, indent=False)
@@ -202,7 +209,12 @@ class Explorer(Rounds):
 
     def _keep(self, drawn: Drawn, controls: dict[str, Any]) -> None:
         """Add a picture to the gallery, with the controls as they were; the oldest goes when it is full."""
-        ui, before = self.ui, self._gallery.children
+        ui, before, now = self.ui, self._gallery.children, time.monotonic()
+        if self._follows and len(self._asked or ()) == 1 and now - self._kept_at < PASSING:
+            before, passed, self.made = before[1:], before[:1], self.made[1:]
+        else:
+            passed = ()
+        self._kept_at = now
         number = before[0].number + 1 if before else 1
         tip = f"{drawn.alt}. {summary(drawn.settings)}"
         back = ui.button(f"Back to {number}", tip, lambda: self.back(drawn, controls))
@@ -211,7 +223,7 @@ class Explorer(Rounds):
         item.number = number
         self.made = [drawn, *self.made][:KEPT]
         self._gallery.children = (item, *before[: KEPT - 1])
-        for old in before[KEPT - 1 :]:
+        for old in (*before[KEPT - 1 :], *passed):
             for part in (*old.children, old):
                 part.close()
 

@@ -31,6 +31,7 @@ class Rounds:
         self._asked: list[dict] | None = None  # what is being drawn
         self._thread: threading.Thread | None = None
         self._look: Callable | None = None
+        self._follows = False  # pictures come so fast that previews between them would only flicker
 
     def start(self) -> None:
         """Draw with the controls as they are; what is being drawn with other settings is stopped."""
@@ -108,6 +109,8 @@ class Rounds:
         for number, job in enumerate(jobs, 1):
 
             def watch(step: Step, job=job, number=number) -> None:
+                if self._follows and self.shown:
+                    return
                 with contextlib.suppress(Stopped), self._showing(stop):
                     which = f"picture {number} of {len(jobs)}, " if len(jobs) > 1 else ""
                     bar = f'<progress max="{step.total}" value="{step.number}" aria-label="Steps drawn"></progress>'

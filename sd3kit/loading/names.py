@@ -9,7 +9,8 @@ from ..errors import UserError
 from . import configs
 
 NANO = Path(str(importlib.resources.files("sd3kit"))) / "nano"
-MODELS = ("nano", *configs.HUB)
+TURBO = NANO.with_name("nano-turbo")  # a LoRA for nano, as diffusers saves one, and the scheduler that it wants
+MODELS = ("nano", "nano-turbo", *configs.HUB)
 
 
 class LoadError(UserError):
@@ -28,6 +29,8 @@ def resolve(model: str | os.PathLike | None = None) -> str:
     name = os.fspath(model or os.environ.get("SD3KIT_MODEL") or "nano")
     if name == "nano":
         return str(NANO)
+    if name == "nano-turbo":
+        return str(TURBO)
     if name in configs.HUB:
         return configs.HUB[name]
     folder = Path(name).expanduser()
@@ -44,3 +47,10 @@ def resolve(model: str | os.PathLike | None = None) -> str:
     near = difflib.get_close_matches(name.lower(), MODELS, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(MODELS)},"
     raise LoadError(f"There is no model or folder named {name!r}: {hint} A folder or a Hub id (owner/name) works too.")
+
+
+def own_settings(model: str | os.PathLike | None = None) -> dict[str, float]:
+    """The `steps` and the `guidance` (1 is none) that a model's card asks for, or diffusers' defaults."""
+    source = resolve(model)
+    name = next((name for name in MODELS if resolve(name) == source), "nano")
+    return dict(zip(("steps", "guidance"), configs.OWN_SETTINGS.get(name, (28, 7.0)), strict=True))

@@ -11,8 +11,9 @@ import torch
 
 from . import configs, hub, parts
 from .device import check_device, pick_device, pick_dtype
-from .names import MODELS, NANO, LoadError, resolve
+from .names import MODELS, NANO, TURBO, LoadError, own_settings, resolve
 
+LORA = "pytorch_lora_weights.safetensors"
 PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 
 
@@ -38,6 +39,9 @@ def load(
         **kwargs: passed on to `StableDiffusion3Pipeline.from_pretrained`, such as `text_encoder_3=None,
             tokenizer_3=None`. Without weights in safetensors nothing is loaded: a pickle is never opened.
 
+    "nano-turbo" is nano with its few-step LoRA fused. `pipe.own_settings` has the steps and the guidance that the model
+    is made for, which the explorers and `sd3kit generate` use.
+
     Every weight must be there, known, of its shape and finite. With a `device_map` or a `quantization_config` the
     libraries load on their own terms, and show their own report of weights.
 
@@ -61,8 +65,11 @@ def load(
     if weights == "random":
         pipe = _random(name, dtype, device, kwargs)
         reason += "; its weights are random, so it draws noise"
+    elif source == str(TURBO):
+        pipe = _turbo(_trained("nano", str(NANO), dtype, device, kwargs))
     else:
         pipe = _trained(name, source, dtype, device, kwargs)
+    pipe.own_settings = own_settings(name)
     if not quiet:
         print(f"{name} on {device} in {str(dtype).removeprefix('torch.')}: {reason}.")
     return pipe
@@ -127,6 +134,27 @@ def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: di
         raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
 
 
+def _turbo(pipe):
+    """nano's pipeline with the LoRA of nano-turbo fused into its weights, and the scheduler beside it."""
+    try:
+        for file in (LORA, "scheduler/scheduler_config.json"):
+            if not (TURBO / file).is_file():
+                raise parts.Damaged(TURBO / file, "is missing")
+        # pipe.load_lora_weights does the same, and warns that there is none for the text encoders
+        pipe.transformer.load_lora_adapter(TURBO, prefix="transformer", weight_name=LORA, adapter_name="turbo")
+        pipe.fuse_lora(["transformer"])
+        pipe.unload_lora_weights()
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(TURBO, subfolder="scheduler")
+        parts.check_finite(TURBO, {"transformer": pipe.transformer})
+        return pipe
+    except Exception as error:  # peft, diffusers and safetensors each have errors of their own
+        what = str(error.path) if isinstance(error, parts.Damaged) else str(TURBO)
+        why = error.what if isinstance(error, parts.Damaged) else f"cannot be loaded ({type(error).__name__})"
+        raise LoadError(
+            f"{what} of nano-turbo {why}: install sd3kit again, or make it with `python -m sd3kit.recipe turbo`."
+        ) from error
+
+
 def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bool) -> str:
     """What is damaged, and how to get it again; never by deleting what may be somebody's own."""
     path = error.path.relative_to(folder) if error.path.is_relative_to(folder) else error.path
@@ -162,7 +190,7 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
-    if name == "nano":
+    if name in ("nano", "nano-turbo"):
         for module in parts.values():
             if isinstance(module, torch.nn.Module):
                 for weight in module.parameters():

@@ -52,7 +52,7 @@ def measured(options: argparse.Namespace, chosen: list[str], out: Path, command:
         LoadError, UserError: the model cannot be loaded or does not draw such a size; before anything is measured.
     """
     name, source, device, found = options.model, resolve(options.model), pick_device(), []
-    sizes = options.size or [128 if name == "nano" else 1024]
+    sizes = options.size or [128 if name.startswith("nano") else 1024]
     most = largest(name, source, options.weights)
     if max(sizes) > most:
         raise UserError(f"--size {max(sizes)} is more than {name} draws: it has places for {most} pixels a side.")
@@ -130,7 +130,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, pipe=None):
         self.options, self.name, self.source, self.device = options, name, source, device
-        self.size = 128 if name == "nano" else 1024
+        self.size = 128 if name.startswith("nano") else 1024
         self.dtype = _dtype(options, name, device)
         self.prompts = PROMPTS[: options.calls]
         self.pipe = pipe

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     few.add_argument("--work", type=Path, default=cache, help="folder for checkpoints (%(default)s)")
     few.add_argument("--out", type=Path, default=NANO.with_name("nano-turbo"), help="the LoRA's folder (%(default)s)")
     few.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
+    few.add_argument("--guidance", type=float, default=turbo.GUIDANCE, help="the teacher's (%(default)s)")
     few.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
     judge = commands.add_parser("evaluate", help="measure nano: each figure with its 95%% interval")
     judge.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
@@ -125,7 +126,8 @@ def polish(options: argparse.Namespace) -> int:
 
 def distil(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
-    pipe = turbo.train(load(options.model), options.work, options.minutes, subjects=len(Judge().subjects))
+    pipe, subjects = load(options.model), len(Judge().subjects)
+    turbo.train(pipe, options.work, options.minutes, subjects=subjects, guidance=options.guidance)
     turbo.export(pipe, options.out)
     return 0
 

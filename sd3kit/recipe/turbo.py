@@ -8,7 +8,6 @@ path instead and halves the steps in rounds; guidance goes in as in Meng et al. 
 """
 
 import itertools
-import json
 import random
 from pathlib import Path
 
@@ -27,26 +26,31 @@ LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
 )  # fmt: skip
-DEFAULTS = {"steps": 4, "guidance": 1.0}  # how it wants to be called
-COUNTS = (4, 4, 4, 2, 2, 1)  # the student's steps, as often as they are practised
-GUIDANCE = 4.5  # the teacher's
-SUBSTEPS = 28  # of the teacher, over the whole path
+COUNTS = (4, 4, 4, 4, 2, 1)  # the student's steps, as often as they are practised
+GUIDANCE = 7.0  # the teacher's
+SUBSTEPS = 8  # of the teacher, over the whole path; by the judge, they draw as well as 28
+LAST = 0.5  # the noise level of the student's last step
+FULL_FROM = 0.8  # of the time; until then the text is padded to the longest of the batch, as in most of nano's training
 KINDS = ("single",) * 4 + ("sign",) * 3 + ("pair", "count", "split")
 
 
-def sigmas(steps: int) -> list[float]:
-    """What the pipeline is given as its `sigmas` for so many steps: evenly down from 1, before the shift.
+def scheduler(pipe: StableDiffusion3Pipeline, steps: int = 4):
+    """diffusers' scheduler with the student's noise levels.
 
-    The scheduler's own end near 0 for the last step, which is then lost: with four steps, a quarter of them.
+    As SD3 sets it, the last of few steps starts at a level near 0, where nothing is left to do: of four steps one is
+    lost. `shift_terminal` lets it start at `LAST`. One step starts at 1, and cannot be stretched.
     """
-    return [1 - i / steps for i in range(steps)]
+    last = None if steps == 1 else LAST
+    return type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=last)
 
 
-def levels(shift: float, steps: int, between: int) -> torch.Tensor:
+def levels(pipe: StableDiffusion3Pipeline, steps: int, between: int) -> torch.Tensor:
     """The noise levels (steps, between + 1) of each of the student's steps, with the teacher's between them."""
-    ends = [*sigmas(steps), 0.0]
-    plain = torch.stack([torch.linspace(a, b, between + 1) for a, b in itertools.pairwise(ends)])
-    return shift * plain / (1 + (shift - 1) * plain)
+    own = scheduler(pipe, steps)
+    own.set_timesteps(steps)
+    plain = own.sigmas / (own.shift - (own.shift - 1) * own.sigmas)
+    plain = torch.stack([torch.linspace(a, b, between + 1) for a, b in itertools.pairwise(plain.tolist())])
+    return own.shift * plain / (1 + (own.shift - 1) * plain)
 
 
 @torch.no_grad()
@@ -57,8 +61,8 @@ def teach(velocity, x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subjects: int, batch: int = 12,
-          rate: float = 1e-3, seed: int = 0) -> StableDiffusion3Pipeline:  # fmt: skip
+def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subjects: int, batch: int = 8,
+          rate: float = 2e-3, guidance: float = GUIDANCE, seed: int = 0) -> StableDiffusion3Pipeline:  # fmt: skip
     """Train the adapter "turbo" on the pipeline's transformer for `minutes`; continues from `work`/turbo.pt."""
     rng, device, model = random.Random(seed), pipe.device, pipe.transformer
     torch.manual_seed(seed)
@@ -80,11 +84,13 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
         if at is None:
             asked = [scenes.random_scene(rng, known, rng.choice(KINDS)) for _ in range(batch)]
             ids = text.tokens([random_caption(scene, rng) for scene in asked] + [""] * batch, 77, 40)
+            if done < FULL_FROM:
+                ids = [each[:, : int((each >= 0).sum(1).max())] for each in ids]
             with torch.no_grad():
                 both = text.encode(*(each.to(device) for each in ids), torch.ones(2 * batch, 3, device=device))
             captions = [each[:batch] for each in both]
             steps = rng.choice(COUNTS)
-            paths, at = levels(pipe.scheduler.shift, steps, SUBSTEPS // steps).to(device), 0
+            paths, at = levels(pipe, steps, SUBSTEPS // steps).to(device), 0
             x = torch.randn(batch, 16, 16, 16, device=device)
 
         def guided(x, sigma, both=both):
@@ -92,13 +98,14 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
             said = model(x.repeat(2, 1, 1, 1), *both, sigma.expand(2 * batch) * 1000, return_dict=False)[0]
             model.enable_adapters()
             caption, empty = said.chunk(2)
-            return torch.lerp(empty, caption, GUIDANCE)
+            return torch.lerp(empty, caption, guidance)
 
         path = paths[at]
         wanted = (teach(guided, x, path) - x) / (path[-1] - path[0])
         velocity = model(x, *captions, path[0].expand(batch) * 1000, return_dict=False)[0]
-        # weighted so that errors of the picture count alike, whatever the length of the step
-        loss = ((velocity - wanted) * (path[0] - path[-1])).square().mean()
+        # by the length of the step: with its square, as an error of the picture has it, the first ones, which decide
+        # what is drawn, would count for nothing
+        loss = (velocity - wanted).square().mean() * (path[0] - path[-1])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -117,7 +124,7 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
 
 
 def export(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Save the adapter as diffusers loads it, in float16, with the steps and the guidance that it wants."""
+    """Save the adapter as diffusers loads it, in float16, and the scheduler that it wants."""
     layers = get_peft_model_state_dict(pipe.transformer, adapter_name="turbo")
     pipe.save_lora_weights(folder, transformer_lora_layers={name: value.half() for name, value in layers.items()})
-    (folder / "settings.json").write_text(json.dumps(DEFAULTS) + "\n", encoding="utf-8")
+    scheduler(pipe).save_pretrained(folder / "scheduler")

@@ -74,6 +74,41 @@ def until(condition, seconds=20):
         time.sleep(0.002)
 
 
+# ---- drawing live with nano-turbo
+
+
+def test_the_picture_follows_slider_and_typing_and_the_encoding_is_kept(turbo, monkeypatch):
+    monkeypatch.setattr(explorer, "PASSING", 60.0)  # a busy machine is slow
+    one = explore.TextToImage(turbo, PROMPT)
+    assert one.inputs["steps"].value == 4 and one.inputs["guidance"].value == 1
+    one.restore({"size": 64})
+    encoded = []
+    hook = turbo.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    for seed in (1, 2, 3):
+        one.inputs["seed"].value = seed
+        assert one.wait(30)
+    assert len(encoded) == 1 and len(one._gallery.children) == 1, "passing pictures make place"
+    for word in ("a f", "a fo", "a fox"):
+        one.inputs["prompt"].value = word
+    assert one.wait(30)
+    hook.remove()
+    assert one.shown[0].settings["prompt"] == "a fox" and len(encoded) <= 4
+    drawn = explore.text_to_image(turbo, "a fox", seed=3, size=64)
+    assert np.array_equal(pixels(drawn.image), pixels(one.shown[0].image))
+
+
+def test_kept_encodings_go_when_an_encoder_changes(turbo):
+    kept = {}
+    first = explore.text_to_image(turbo, PROMPT, size=64, kept=kept)
+    weight = turbo.text_encoder_2.text_projection.weight
+    with torch.no_grad():
+        weight.mul_(-1)
+        changed = explore.text_to_image(turbo, PROMPT, size=64, kept=kept)
+        weight.mul_(-1)
+    assert not np.array_equal(pixels(first.image), pixels(changed.image))
+    assert not np.isnan(pixels(explore.text_to_image(turbo, PROMPT, steps=1, size=64).image)).any()
+
+
 # ---- the functions
 
 

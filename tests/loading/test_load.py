@@ -3,16 +3,19 @@
 import errno
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import errors as hub
 
 import sd3kit
-from sd3kit.loading import configs
+from sd3kit.loading import configs, names, pipeline
 from sd3kit.loading.device import pick_device, pick_dtype
 from sd3kit.loading.hub import explain
-from sd3kit.loading.names import NANO, resolve
+from sd3kit.loading.names import NANO, TURBO, resolve
+from sd3kit.recipe.evaluate import ask, judge_scene, pictures
+from sd3kit.recipe.scenes import caption
 
 
 def hub_error(kind, message="no"):
@@ -55,6 +58,35 @@ def test_an_unknown_name_offers_the_nearest(name, words):
 def test_an_empty_folder(tmp_path):
     with pytest.raises(sd3kit.LoadError, match=r"no model_index\.json"):
         sd3kit.load(tmp_path)
+
+
+def test_nano_turbo_is_nano_with_its_lora_fused(turbo, pipe, judge):
+    assert type(turbo) is StableDiffusion3Pipeline and not turbo.get_list_adapters()
+    assert turbo.own_settings == {"steps": 4, "guidance": 1.0} and pipe.own_settings == {"steps": 28, "guidance": 7.0}
+    plain = StableDiffusion3Pipeline.from_pretrained(NANO)
+    plain.load_lora_weights(TURBO, weight_name="pytorch_lora_weights.safetensors")
+    plain.scheduler = type(plain.scheduler).from_pretrained(TURBO, subfolder="scheduler")
+    for one in (plain, turbo):
+        one.set_progress_bar_config(disable=True)
+    asked = ask("single", 8, judge.subjects, True, 0)
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    drawn = pictures(turbo, [caption(scene) for scene in asked], **settings)
+    as_loaded = pictures(plain, [caption(asked[0])], **settings)[0]
+    change = np.abs(np.asarray(as_loaded, np.float32) - np.asarray(drawn[0], np.float32))
+    assert change.mean() < 1, "diffusers' own loading gives the same picture"
+    right = [all(judge_scene(judge, *pair).values()) for pair in zip(drawn, asked, strict=True)]
+    assert sum(right) >= 5, "the adapter belongs to these weights"
+
+
+def test_a_missing_or_damaged_adapter_is_told_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(names, "TURBO", tmp_path)
+    monkeypatch.setattr(pipeline, "TURBO", tmp_path)
+    with pytest.raises(sd3kit.LoadError, match=r"of nano-turbo is missing: .*`python -m sd3kit\.recipe turbo`"):
+        sd3kit.load("nano-turbo")
+    shutil.copytree(TURBO, tmp_path, dirs_exist_ok=True)
+    (tmp_path / pipeline.LORA).write_bytes(b"no weights")
+    with pytest.raises(sd3kit.LoadError, match=r"cannot be loaded \(SafetensorError\)"):
+        sd3kit.load("nano-turbo")
 
 
 def copy_of_nano(folder):

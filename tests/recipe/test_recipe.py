@@ -205,9 +205,10 @@ def test_evaluate_measures_every_figure(pipe, judge, art):
 
 def test_turbo_s_levels_are_those_that_the_pipeline_steps_through(pipe):
     for steps in (1, 2, 4):
-        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(sigmas=turbo.sigmas(steps))
-        levels = turbo.levels(scheduler.shift, steps, 7)
+        scheduler = turbo.scheduler(pipe, steps)
+        scheduler.set_timesteps(steps)
+        assert steps == 1 or scheduler.sigmas[-2] == pytest.approx(turbo.LAST)
+        levels = turbo.levels(pipe, steps, 7)
         torch.testing.assert_close(scheduler.sigmas, torch.cat([levels[:, 0], levels[-1:, -1]]))
         torch.testing.assert_close(levels[1:, 0], levels[:-1, -1])
 
