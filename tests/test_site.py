@@ -525,6 +525,7 @@ def test_settings_come_back_from_a_picture_of_python(site, pipe):
 
 
 def test_stop_ends_what_is_drawn_and_what_waits(site):
+    site.locator("#prompt").fill("a sun on a purple background, flat")
     site.locator("#steps").evaluate("steps => { steps.value = 50; }")
     site.get_by_text("Four", exact=True).click()
     site.locator("#draw").click()
