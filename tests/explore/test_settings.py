@@ -55,7 +55,6 @@ REFUSED = {
     "endless guidance": ({"guidance": float("inf")}, "Guidance must be"),
     "guidance below": ({"guidance": -7}, "Guidance must be"),
     "complex guidance": ({"guidance": 3j}, "Guidance must be"),
-    "no guidance": ({"guidance": None}, "Guidance must be"),
     "shift of zero": ({"shift": 0}, "Shift must be a number from 0.1"),
     "shift not a number": ({"shift": float("nan")}, "Shift must be"),
     "odd size": ({"size": 100}, "multiple of 16 from 64 to 256"),
