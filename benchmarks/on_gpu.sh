@@ -29,7 +29,8 @@ told() { echo "== $1, $((SECONDS - began)) s after the start"; }
 
 tests() {
   timeout "${TESTS:-240}" "$PYTHON" -m pytest -n logical --maxprocesses 8 --dist loadgroup -q -rfE --tb=line \
-    -p no:cacheprovider --ignore tests/test_browser.py --ignore tests/test_notebooks.py >"$OUT/tests.txt" 2>&1
+    -p no:cacheprovider --ignore tests/explore/test_browser.py --ignore tests/test_site.py \
+    --ignore tests/test_notebooks.py >"$OUT/tests.txt" 2>&1
   grep -E "^(FAILED|ERROR)|passed|failed" "$OUT/tests.txt" | cut -c1-200
 }
 
