@@ -22,6 +22,7 @@ def test_two_learners_draw_at_once(tmp_path, capsys):
     assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
 
 
+@pytest.mark.night  # nbclient can wait for ever for an answer that a busy machine lost
 def test_a_kernel_that_is_killed_or_fails_is_noticed():
     with seats.learner(threads=1) as run:
         assert run("print(1 + 1)") == "2\n"

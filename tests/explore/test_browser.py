@@ -213,8 +213,10 @@ def status(root):
 
 
 def done(root, words: str = "Done") -> str:
-    status(root).get_by_text(re.compile(words)).wait_for(timeout=PATIENCE)
-    return status(root).inner_text()
+    """Wait for these words, and return the line that holds them: the next drawing may replace it at once."""
+    line = "([at, words]) => { const text = at.innerText; return new RegExp(words).test(text) && text; }"
+    found = root.page.wait_for_function(line, arg=[status(root).element_handle(), words], timeout=PATIENCE)
+    return found.json_value().strip()
 
 
 def ask(root, prompt: str) -> None:

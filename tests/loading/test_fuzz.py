@@ -130,7 +130,7 @@ TABLE = some.lists(LINE.map(json.dumps) | some.text(max_size=20), max_size=4).ma
 def two_pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name in ("a.png", "b.png"):
-        shutil.copy(subject.PICTURES / "pink.png", folder / name)
+        shutil.copy(subject.PICTURES / "standing.png", folder / name)
     return folder
 
 
