@@ -26,7 +26,9 @@ for pair in range(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
     seconds = {}
     for policy in order:
         given = os.environ | {"OMP_WAIT_POLICY": policy}
-        seconds[policy] = float(subprocess.run([sys.executable, "-c", DRAW], env=given, capture_output=True).stdout)
+        seconds[policy] = float(
+            subprocess.run([sys.executable, "-c", DRAW], env=given, stdout=subprocess.PIPE, check=True).stdout
+        )
     ratios.append(seconds["PASSIVE"] / seconds["ACTIVE"])
     print(f"passive {seconds['PASSIVE']:.3f} s, active {seconds['ACTIVE']:.3f} s, ratio {ratios[-1]:.3f}", flush=True)
 print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} pairs")

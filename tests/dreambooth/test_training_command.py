@@ -116,7 +116,7 @@ WRONG = [
     ({"weighting_scheme": "cosmas"}, "cosmap"),
     ({"with_prior_preservation": True}, "--class_data_dir"),
     ({"resume_from_checkpoint": "checkpoint-7"}, "There is no whole checkpoint checkpoint-7"),
-    ({"pretrained_model_name_or_path": "nanoo"}, "did you mean nano"),
+    ({"pretrained_model_name_or_path": "nanoo"}, "did you mean nano or nano-turbo?"),
     ({"push_to_hub": True}, "HF_HUB_OFFLINE"),
     ({"report_to": "wandb", "hub_token": "hf_secretsecretsecretsecret"}, "hf auth login"),
     ({"hub_tokn": "hf_secretsecretsecretsecret"}, "did you mean hub_token?"),
