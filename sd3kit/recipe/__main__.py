@@ -16,7 +16,7 @@ from ..loading.device import pick_device
 from ..loading.names import NANO
 from ..loading.pipeline import load
 from . import autoencoder, evaluate, flow, reading, scenes, turbo
-from .art import Art
+from .art import Art, pack
 from .judge import TEMPLATES, Judge, save_templates
 from .text import Text
 
@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=400, help="for the flow, all runs together (%(default)s)")
     train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
-    pack = commands.add_parser("pack", help="write the subjects' art into a small folder, a --work for another machine")
+    pack = commands.add_parser(
+        "pack", help="write the art into a small folder, a --work for a machine without a network"
+    )
     pack.add_argument("folder", type=Path, help="where it goes")
     pack.add_argument("--work", type=Path, default=cache, help="the folder of the sources (%(default)s)")
     polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         if name in ("work", "out", "folder") and options.command != "evaluate":
             check_writable(value, folder=True)
     if options.command == "pack":
-        print(Art(options.work).pack(options.folder))
+        print(pack(options.work, options.folder))
         return 0
     commands = {"train": train, "polish": polish, "turbo": distil, "evaluate": judge, "sheets": sheets}
     return commands[options.command](options)

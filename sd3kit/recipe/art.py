@@ -7,10 +7,12 @@ import base64
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import subprocess
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ SOURCES = {
         "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
     ),
 }
+PACKED = "icons.json.xz"
 SIDE = 160  # pixels of a rendered icon
 SIZE = 128  # pixels of a picture
 CELL = 16  # pixels of a letter's cell: one token of the transformer
@@ -89,22 +92,51 @@ def _icon(icons: dict, name: str) -> dict | None:
     return icons["icons"].get(alias["parent"] if alias else name)
 
 
-def _render(icons: dict, name: str) -> np.ndarray:
-    import resvg_py  # an optional dependency: the extra `train`
-
+def _svg(icons: dict, name: str) -> str:
     icon = _icon(icons, name)
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-    svg = (
+    return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
     )
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
+
+
+def _render(svg: str) -> np.ndarray:
+    import resvg_py  # an optional dependency: the extra `train`
+
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
     square = Image.new("RGBA", (SIDE, SIDE))
-    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    square.paste(image.convert("RGBA"), ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     pixels = np.asarray(square).astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255  # premultiplied, so that scaling leaves no dark or light fringe
     return pixels.round().astype(np.uint8)
+
+
+def vectors(folder: Path) -> dict[str, dict]:
+    """The icons that training uses, as SVG, by style: from what `pack` wrote into the folder, or from the archives."""
+    if (packed := folder / PACKED).exists():
+        return json.loads(lzma.decompress(packed.read_bytes()))
+    sets = {}
+    for style, path in fetch(folder).items():
+        with tarfile.open(path) as archive:
+            sets[style] = json.load(archive.extractfile("package/icons.json"))
+    shared = [
+        name
+        for name in sets["3d"]["icons"]
+        if not _LEFT_OUT & set(name.split("-")) and all(_icon(icons, name) for icons in sets.values())
+    ]
+    return {
+        style: {k: icons[k] for k in ("width", "height") if k in icons}
+        | {"icons": {name: _icon(icons, name) for name in shared}}
+        for style, icons in sets.items()
+    }
+
+
+def pack(folder: Path, out: Path) -> Path:
+    """Write all the art that training uses into one small file, to carry to a machine without a network."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PACKED).write_bytes(lzma.compress(json.dumps(vectors(folder)).encode()))
+    return out / PACKED
 
 
 class Art:
@@ -114,19 +146,11 @@ class Art:
         """Load from `folder`, fetching and rendering (about a minute) the first time."""
         cache = folder / "icons.npz"
         if not cache.exists():
-            sets = {}
-            for style, path in fetch(folder).items():
-                with tarfile.open(path) as archive:
-                    sets[style] = json.load(archive.extractfile("package/icons.json"))
-            names = [
-                name
-                for name in sets["3d"]["icons"]
-                if not _LEFT_OUT & set(name.split("-")) and all(_icon(s, name) for s in sets.values())
-            ]
-            keys = [(name, style) for name in names for style in STYLES]
-            pixels = np.stack(
-                [_render(sets[style], name) for name, style in tqdm(keys, desc="rendering the art", mininterval=5)]
-            )
+            sets = vectors(folder)
+            keys = [(name, style) for name in sets["3d"]["icons"] for style in STYLES]
+            with ProcessPoolExecutor() as pool:
+                jobs = pool.map(_render, [_svg(sets[style], name) for name, style in keys], chunksize=32)
+                pixels = np.stack(list(tqdm(jobs, desc="rendering the art", total=len(keys), mininterval=5)))
             whole = cache.with_suffix(".part.npz")
             np.savez(whole, pixels=pixels, keys=np.array(keys))
             os.replace(whole, cache)
@@ -137,15 +161,6 @@ class Art:
         missing = [s.icon for s in SUBJECTS if (s.icon, "3d") not in self._index]
         if missing:
             raise ArtError(f"the art lacks {', '.join(missing)}: delete {cache} and try again.")
-
-    def pack(self, folder: Path) -> Path:
-        """Write the subjects' art alone, small enough to carry to a machine without a network; a folder for `Art`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen = [self._index[subject.icon, style] for subject in SUBJECTS for style in STYLES]
-        np.savez_compressed(
-            folder / "icons.npz", pixels=self.pixels[chosen], keys=np.array([self.keys[i] for i in chosen])
-        )
-        return folder / "icons.npz"
 
     def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
         return self.pixels[self._index[key]]

@@ -6,13 +6,16 @@ Three things make it work on so little compute:
    principal component analysis gives, and the encoder learns to predict those numbers. A plain start spends as long
    on a grey plateau, where GroupNorm on few channels throws the colour away.
 2. *GroupNorm with 2 groups*, for the same reason.
-3. *Noise on the latents* of a fixed deviation while the decoder learns, so that the small errors that a flow makes
+3. *Noise on the latents* while the decoder learns, so that the small errors that a flow makes
    stay small in the picture (compare arXiv 2507.15856), and a pull towards the PCA code, which keeps latents smooth,
    centred and easy to learn.
 """
 
+import copy
 import math
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from .art import SIZE, Art, draw, place, to_tensor
 from .training import Average, Budget, cosine, fast_dtype, restore_parts, save_parts
 
 CHANNELS = 16
-NOISE = 0.1  # deviation of the posterior, in units of the latents (whose own deviation is about 1)
+NOISE = 0.1  # deviation of the posterior, and the most in training; the latents' own deviation is about 1
 CONFIG = dict(
     latent_channels=CHANNELS,
     block_out_channels=(24, 32, 64, 96),
@@ -42,7 +45,7 @@ CONFIG = dict(
 
 def random_picture(art: Art, rng: random.Random) -> np.ndarray:
     """Anything that nano may have to draw: any icon of the art, anywhere at any size, or a scene of its own kinds."""
-    kind = rng.choice(("icon", "icon", "icon", "sign", "pair"))
+    kind = rng.choice(("icon", "icon", "single", "sign", "pair"))
     if kind != "icon":
         return draw(scenes.random_scene(rng, art.subjects, kind), art, rng)
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
@@ -83,29 +86,57 @@ def copied(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) -> torch
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.to(pictures.device) for part in parts])
 
 
+class Pictures(torch.utils.data.IterableDataset):
+    """Random pictures without end, eight at a time, as uint8 (8, 3, 128, 128)."""
+
+    def __init__(self, art: Art, seed: int):
+        self.art, self.seed = art, seed
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        while True:
+            pictures = np.stack([random_picture(self.art, rng) for _ in range(8)])
+            yield torch.from_numpy(pictures.round().astype(np.uint8)).permute(0, 3, 1, 2)
+
+
 class Crops:
     """Batches of 64 px crops of 128 px pictures: the same cost per pixel as whole pictures, and more steps."""
 
-    def __init__(self, art: Art, rng: random.Random, device: str):
-        self.art, self.rng, self.device = art, rng, device
-        self.pool = [random_picture(art, rng) for _ in range(512)]
+    def __init__(self, art: Art, device: str, seed: int):
+        on_gpu = device != "cpu"
+        workers = max(1, (os.cpu_count() or 1) - 2) if on_gpu else 0
+        loader = torch.utils.data.DataLoader(
+            Pictures(art, seed), batch_size=None, num_workers=workers, pin_memory=device == "cuda"
+        )
+        self.drawn, self.device, self.count = iter(loader), device, 0
+        first = torch.cat([next(self.drawn) for _ in range(512 if on_gpu else 64)])
+        self.pool = first.to(device)
 
     def __call__(self, batch: int) -> torch.Tensor:
-        rng, cut = self.rng, []
-        for _ in range(6):
-            self.pool[rng.randrange(len(self.pool))] = random_picture(self.art, rng)
-        for _ in range(batch):
-            y, x = rng.randrange(SIZE - 63), rng.randrange(SIZE - 63)
-            crop = rng.choice(self.pool)[y : y + 64, x : x + 64]
-            cut.append(crop[:, ::-1] if rng.random() < 0.3 else crop)
-        return to_tensor(cut).to(self.device, memory_format=torch.channels_last)
+        """So many crops (N, 3, 64, 64) in -1..1; eight new pictures have taken the places of the oldest."""
+        at = self.count % len(self.pool)
+        self.pool[at : at + 8] = next(self.drawn).to(self.device, non_blocking=True)
+        self.count += 8
+        which, y, x = (
+            torch.randint(below, (batch, 1, 1), device=self.device) for below in (len(self.pool), SIZE - 63, SIZE - 63)
+        )
+        along = torch.arange(64, device=self.device)
+        crops = self.pool[which, :, y + along[:, None], x + along].permute(0, 3, 1, 2).float() / 127.5 - 1
+        crops = torch.where(torch.rand(batch, 1, 1, 1, device=self.device) < 0.3, crops.flip(-1), crops)
+        return crops.contiguous(memory_format=torch.channels_last)
 
 
 def picture_loss(copy: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """L1 and a little L2, and L1 of the differences of neighbours, which keeps edges sharp."""
+    """L1 and L2, and L1 of the differences of neighbours, which keeps edges sharp."""
     error = copy.float() - picture
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def noise(latents: torch.Tensor) -> torch.Tensor:
+    """Gaussian noise for the latents (N, 16, h, w), of a deviation from 0 to `NOISE` for each picture."""
+    return NOISE * torch.rand_like(latents[:, :1, :1, :1]) * torch.randn_like(latents)
 
 
 def train(
@@ -114,23 +145,32 @@ def train(
     minutes: float,
     *,
     device: str = "cpu",
+    start: AutoencoderKL | None = None,
     rate: float = 2e-3,
-    batch: int = 16,
+    batch: int | None = None,
     apart: float = 0.15,
 ) -> AutoencoderKL:
-    """Train for `minutes` and save to `out`/vae with the measured scaling factor; continues an interrupted run."""
+    """Train for `minutes` and save to `out`/vae with the measured scaling factor; continues an interrupted run.
+
+    From `start`, a trained one, whose latents are held near what they were: a flow that knows them can learn on.
+    """
     rng, dtype = random.Random(0), fast_dtype(device)
+    batch = batch or (16 if device == "cpu" else 128)
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG).to(device, memory_format=torch.channels_last)
+    old = None
+    if start is not None:
+        vae.load_state_dict(start.state_dict())
+        old, apart = copy.deepcopy(vae.encoder).requires_grad_(False), 0.0
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.parameters()), 0.998), Budget(minutes, "autoencoder")
     kept = {"model": vae, "optimizer": optimizer, "average": average, "budget": budget}
     checkpoint = out / "vae.pt"
-    crops = Crops(art, rng, device)
-    mean, projection = fit_pca(to_tensor(crops.pool))
+    mean, projection = fit_pca(to_tensor([random_picture(art, rng) for _ in range(512)]))
     if state := restore_parts(kept, checkpoint):
         mean, projection = state["pca"]
-        rng.seed(budget.steps)
+        torch.manual_seed(budget.steps)
+    crops = Crops(art, device, budget.steps)
     mean, projection = mean.to(device), projection.to(device)
     fresh = to_tensor([random_picture(art, rng) for _ in range(48)]).to(device)
 
@@ -139,11 +179,12 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * cosine(done, 0.2, 0.01)
         x = crops(batch)
-        code = ((_patches(x) - mean) @ projection).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            code = old(x)[:, :CHANNELS] if old else ((_patches(x) - mean) @ projection).permute(0, 3, 1, 2)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             latent = vae.encode(x).latent_dist
             z = code if done < apart else latent.mean
-            y = vae.decode(z + NOISE * torch.randn_like(z)).sample
+            y = vae.decode(z + noise(z)).sample
         loss = picture_loss(y, x)
         loss = loss + 1e-3 * (latent.logvar.float() - 2 * math.log(NOISE)).square().mean()
         loss = loss + (1.0 if done < apart else 0.01) * (latent.mean.float() - code).square().mean()
@@ -158,26 +199,26 @@ def train(
             average.swap()
             save_parts(kept, checkpoint, pca=(mean.cpu(), projection.cpu()))
     average.swap()
-    return finish(vae.to("cpu"), art, out)
+    return finish(vae.to("cpu", memory_format=torch.contiguous_format), art, out)
 
 
 def polish(
     art: Art, vae: AutoencoderKL, minutes: float, *, device: str = "cpu", rate: float = 1e-3, batch: int = 16
 ) -> AutoencoderKL:
     """Let the decoder alone learn on, in place. The latents stay as they are, and with them all that a flow learnt."""
-    rng, dtype = random.Random(2), fast_dtype(device)
+    dtype = fast_dtype(device)
     vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
     vae.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.decoder.parameters()), 0.998), Budget(minutes, "decoder")
-    crops = Crops(art, rng, device)
+    crops = Crops(art, device, 2)
     for done in budget:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (budget.steps + 1) / 100) * cosine(done, 0.1, 0.01)
         x = crops(batch)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             z = vae.encode(x).latent_dist.mean
-            y = vae.decode(z + NOISE * torch.randn_like(z)).sample
+            y = vae.decode(z + noise(z)).sample
         loss = picture_loss(y, x)
         optimizer.zero_grad()
         loss.backward()

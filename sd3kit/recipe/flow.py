@@ -6,7 +6,7 @@ network predicts the velocity noise - x0. What makes it learn on two cores:
 1. *Latents that are easy to learn*: see `autoencoder`; and *few patterns*: see `art.LARGE`.
 2. *Muon* on the matrices of the blocks, AdamW elsewhere, also for the AdaLN modulation.
 3. *Noise levels shifted towards 1*. A flat background is averaged over 256 places of the latent, so that its colour
-   shows through the noise until sigma is close to 1: only the highest levels teach the word for it. A quarter of
+   shows through the noise until sigma is close to 1: only the highest levels teach the word for it. A third of
    the levels are uniform, or the lowest, which draw the edges, would hardly be seen.
 4. *Short text most of the time.* A caption has about fifteen tokens and the pipeline pads it to 77 + 256; training at
    full length all the time would cost three times as much, and a little of it at the end is enough.
@@ -48,7 +48,9 @@ SHIFT = 3.0  # of the noise levels in training
 DROP = torch.tensor([0.15, 0.15, 0.15])  # how often each text encoder is left out (the paper: 46.3%)
 LETTERS = 5.0  # the loss's weight under letters: they are a few places of a picture, and all that a sign means
 EMPTY = 0.1  # how often the caption is empty, for guidance
-SPREAD = 4  # times as many pictures in a batch on a GPU, which would idle with so few
+SPREAD = 16  # times as many pictures in a batch on a GPU, which would idle with so few
+RATES = {"cpu": (1.5e-3, 0.02), "cuda": (8e-4, 0.004)}  # AdamW's and Muon's; larger batches diverged at a CPU's rates
+FULL_FROM = {"cpu": 0.98, "cuda": 0.85}  # of the time; from then on the text is padded as the pipeline pads it
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -98,13 +100,45 @@ def optimizers(
 
 
 def noise_levels(count: int, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Sigmas (count,) in 0..1: three in four logit-normal (0, 1) and shifted, the fourth uniform."""
+    """Sigmas (count,) in 0..1: two in three logit-normal (0, 1) and shifted, the third uniform."""
     u = torch.sigmoid(torch.randn(count, device=device))
     shifted = SHIFT * u / (1 + (SHIFT - 1) * u)
-    return torch.where(torch.rand(count, device=device) < 0.75, shifted, torch.rand(count, device=device))
+    return torch.where(torch.rand(count, device=device) < 2 / 3, shifted, torch.rand(count, device=device))
 
 
-def losses(model: SD3Transformer2DModel, text: Text, batch: Batch, lengths: tuple[int, int]) -> torch.Tensor:
+class Velocity(torch.nn.Module):
+    """The transformer from tensors to one tensor: noisy latents, the text's two embeddings, and times of 0 to 1000."""
+
+    def __init__(self, model: SD3Transformer2DModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(*inputs, return_dict=False)[0]
+
+
+class Replayed:
+    """`Velocity` on a GPU: CUDA graphs of both passes, one for each length of the text.
+
+    Launching nano's small kernels one by one takes longer than their work. The first length, which most steps have, is
+    compiled besides; a compilation for each would take minutes.
+    """
+
+    def __init__(self, model: SD3Transformer2DModel):
+        self.model, self.graphs = model, {}
+        for block in model.transformer_blocks:
+            block.compile(dynamic=False)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        shape = inputs[1].shape
+        if shape not in self.graphs:
+            like = tuple(x.detach().clone() for x in inputs)
+            with torch.compiler.set_stance("force_eager" if self.graphs else "default"):
+                self.graphs[shape] = torch.cuda.make_graphed_callables(Velocity(self.model), like)
+        return self.graphs[shape](*inputs)
+
+
+def losses(velocity, text: Text, batch: Batch, lengths: tuple[int, int]) -> torch.Tensor:
     """The flow-matching loss of each picture (N,), its caption padded to so many tokens for the CLIPs and the T5."""
     x0, device = batch.latents, batch.latents.device
     count = len(x0)
@@ -118,10 +152,10 @@ def losses(model: SD3Transformer2DModel, text: Text, batch: Batch, lengths: tupl
             given = torch.where(empty, pad(nothing.to(device), given.shape[1]), given)
             ids.append(pad(given, max(length, given.shape[1])))
         said = text.encode(*ids, keep.float())
-    velocity = model((1 - s) * x0 + s * noise, *said, sigma * 1000, return_dict=False)[0].float()
+    predicted = velocity((1 - s) * x0 + s * noise, *said, sigma * 1000).float()
     weights = 1 + (LETTERS - 1) * batch.letters.float()
     weights = weights.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]  # a token is 2 x 2 places of the latent
-    return (weights * (velocity - (noise - x0)).square()).mean((1, 2, 3))
+    return (weights * (predicted - (noise - x0)).square()).mean((1, 2, 3))
 
 
 def pad(ids: torch.Tensor, length: int) -> torch.Tensor:
@@ -139,27 +173,29 @@ def train(
     *,
     start: SD3Transformer2DModel | None = None,
     device: str = "cpu",
-    rate: float = 1.5e-3,
-    muon_rate: float = 0.02,
+    rates: tuple[float, float] | None = None,
     decay_from: float = 0.6,
-    full_from: float = 0.98,
+    full_from: float | None = None,
+    replay: bool = True,
     seed: int = 0,
 ) -> SD3Transformer2DModel:
     """Train for `minutes` on the first so many subjects; the average of the parameters comes back.
 
     Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
     finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
-    autoencoder and the text encoders stay as they are.
+    autoencoder and the text encoders stay as they are. `rates` are AdamW's and Muon's, instead of `RATES`; on a GPU
+    `replay` uses CUDA graphs.
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     on_gpu = device != "cpu"
+    full_from = FULL_FROM["cuda" if on_gpu else "cpu"] if full_from is None else full_from
     vae, text = vae.to(device).eval().requires_grad_(False), text.to(device).eval().requires_grad_(False)
     torch.manual_seed(seed)
     model = transformer().to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
     average, budget = Average(list(model.parameters()), 0.9995), Budget(minutes, "flow")
-    adamw, muon = optimizers(model, rate, muon_rate)
+    adamw, muon = optimizers(model, *(rates or RATES["cuda" if on_gpu else "cpu"]))
     kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}
     groups = adamw.param_groups + muon.param_groups
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -178,19 +214,29 @@ def train(
         for part in PARTS
     }
     for part, pool in pools.items():
-        pool.renew(sizes[part] * 4)
+        pool.renew(max(1, sizes[part] * 16 // pool.at_once))
+    velocity = Replayed(model) if device == "cuda" and replay else Velocity(model)
     guard, smooth, began = Guard(average), {}, budget.steps
     for done in budget:
         factor = guard.slower * min(1.0, (budget.steps - began + 1) / 100) * cosine(done, decay_from, 0.02)
-        full, total = done > full_from or rng.random() < 0.03, sum(sizes.values())
-        lengths = (CLIP_LENGTH, rng.choice((40, 77, 256))) if full else (0, 0)
-        for part, pool in pools.items():
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32), attention(on_gpu):
-                each = losses(model, text, pool.sample(sizes[part]), lengths)
-            (each.sum() / total).backward()
-            if budget.steps % 10 == 0:  # reading it makes a GPU wait
+        full = done > full_from or rng.random() < 0.03
+        lengths = (CLIP_LENGTH, rng.choice((40, 256) if on_gpu else (40, 77, 256))) if full else (0, 0)
+        counts = {part: size // 2 if full and on_gpu else size for part, size in sizes.items()}
+        drawn = [pool.sample(counts[part]) for part, pool in pools.items()]
+        if on_gpu:  # one length for all, and one pass
+            drawn = [Batch(*map(torch.cat, zip(*drawn, strict=True)))]
+        found = []
+        for batch in drawn:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=not on_gpu):
+                with attention(on_gpu):
+                    each = losses(velocity, text, batch, lengths)
+            (each.sum() / sum(counts.values())).backward()
+            found.append(each.detach())
+        if budget.steps % (50 if on_gpu else 10) == 0:  # reading it makes a GPU wait
+            for part, each in zip(PARTS, torch.cat(found).split(list(counts.values())), strict=True):
                 name, now = part.kinds[0], each.mean().item()
                 smooth[name] = 0.9 * smooth.get(name, now) + 0.1 * now
+        for part, pool in pools.items():
             if budget.steps % 16 < part.size / 4:
                 pool.renew()
         average_gradients(model)
@@ -203,8 +249,9 @@ def train(
             optimizer.zero_grad()
         average.update()
         budget.notes = {name: f"{value:.4f}" for name, value in smooth.items()}
-        if budget.steps % 100 == 99:
-            guard.watch(same(sum(smooth.values())), adamw, muon)
+        if budget.steps % (500 if on_gpu else 100) == 99:
+            if smooth:  # a run that has just gone on may have read no loss yet
+                guard.watch(same(sum(smooth.values())), adamw, muon)
             if rank == 0:
                 save_parts(kept, checkpoint)
     if rank == 0:

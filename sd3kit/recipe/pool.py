@@ -1,24 +1,23 @@
 """Scenes with their latents and captions, kept where the model is, and drawn anew as training goes."""
 
-import dataclasses
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
 from . import scenes
-from .art import CELL, SIZE, Art, cells, draw, to_tensor
+from .art import CELL, SIZE, Art, cells, draw
 from .text import Text
 
 CAPTIONS = 4  # of each scene
-AT_ONCE = 8  # scenes that are drawn and encoded together
+AT_ONCE, AT_ONCE_ON_GPU = 8, 64  # scenes that are drawn and encoded together
 CLIP_SHORT, T5_SHORT = 40, 48  # tokens of the longest caption that is kept
 
 
-@dataclasses.dataclass
-class Batch:
+class Batch(NamedTuple):
     """So many scenes: `latents` (N, 16, 16, 16), scaled; `clip` and `t5`, the ids of a caption (N, tokens), -1 for
     padding; `letters` (N, 8, 8), whether a token of the picture holds a letter of a sign."""
 
@@ -36,24 +35,28 @@ def random_caption(scene: scenes.Scene, rng: random.Random) -> str:
 class Drawn(torch.utils.data.IterableDataset):
     """Scenes without end, a few at a time, as arrays: pictures, captions as ids, where letters are."""
 
-    def __init__(self, art: Art, text: Text, subjects: list[scenes.Subject], kinds: tuple[str, ...], seed: int):
-        self.art, self.tokens, self.subjects, self.kinds, self.seed = art, text.tokens, subjects, kinds, seed
+    def __init__(
+        self, art: Art, text: Text, subjects: list[scenes.Subject], kinds: tuple[str, ...], at_once: int, seed: int
+    ):
+        self.art, self.tokens, self.subjects, self.kinds = art, text.tokens, subjects, kinds
+        self.at_once, self.seed = at_once, seed
 
     def __iter__(self) -> Iterator[tuple]:
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
         while True:
-            new = [scenes.random_scene(rng, self.subjects, rng.choice(self.kinds)) for _ in range(AT_ONCE)]
+            new = [scenes.random_scene(rng, self.subjects, rng.choice(self.kinds)) for _ in range(self.at_once)]
             pictures = np.stack([draw(scene, self.art, rng) for scene in new]).round().astype(np.uint8)
-            letters = np.zeros((AT_ONCE, SIZE // CELL, SIZE // CELL), bool)
+            letters = torch.zeros(self.at_once, SIZE // CELL, SIZE // CELL, dtype=torch.bool)
             for i, scene in enumerate(new):
                 for place in cells(scene.text):
                     letters[i][place] = True
             captions = [random_caption(scene, rng) for scene in new for _ in range(CAPTIONS)]
             clip, t5 = (
-                ids.unflatten(0, (AT_ONCE, CAPTIONS)).short() for ids in self.tokens(captions, CLIP_SHORT, T5_SHORT)
+                ids.unflatten(0, (self.at_once, CAPTIONS)).short()
+                for ids in self.tokens(captions, CLIP_SHORT, T5_SHORT)
             )
-            yield pictures, clip, t5, torch.from_numpy(letters)
+            yield torch.from_numpy(pictures).permute(0, 3, 1, 2), clip, t5, letters
 
 
 class Pool:
@@ -64,10 +67,12 @@ class Pool:
         capacity: int, *, workers: int = 0, seed: int = 0,
     ):  # fmt: skip
         """Scenes of these subjects and kinds; a kind named twice comes twice as often. `workers` processes draw."""
-        drawn = Drawn(art, text, subjects, kinds, seed)
-        self.drawn = iter(torch.utils.data.DataLoader(drawn, batch_size=None, num_workers=workers))
-        self.vae, self.capacity, self.count = vae, capacity // AT_ONCE * AT_ONCE, 0
         device, tokens = vae.device, SIZE // CELL
+        self.at_once = AT_ONCE if device.type == "cpu" else AT_ONCE_ON_GPU
+        drawn = Drawn(art, text, subjects, kinds, self.at_once, seed)
+        pinned = device.type == "cuda"  # or each copy would wait for all that the GPU has to do
+        self.drawn = iter(torch.utils.data.DataLoader(drawn, batch_size=None, num_workers=workers, pin_memory=pinned))
+        self.vae, self.capacity, self.count = vae, capacity // self.at_once * self.at_once, 0
         self.latents = torch.empty(self.capacity, 16, 16, 16, device=device)
         self.clip = torch.empty(self.capacity, CAPTIONS, CLIP_SHORT, dtype=torch.short, device=device)
         self.t5 = torch.empty(self.capacity, CAPTIONS, T5_SHORT, dtype=torch.short, device=device)
@@ -77,12 +82,12 @@ class Pool:
     def renew(self, times: int = 1) -> None:
         """Draw and encode so many times a few scenes."""
         for _ in range(times):
-            pictures, clip, t5, letters = next(self.drawn)
-            x = to_tensor(list(np.asarray(pictures))).to(self.vae.device)
-            at = slice(self.count % self.capacity, self.count % self.capacity + AT_ONCE)
-            self.latents[at] = self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor
-            self.clip[at], self.t5[at], self.letters[at] = clip, t5, letters
-            self.count += AT_ONCE
+            pictures, *rest = (part.to(self.vae.device, non_blocking=True) for part in next(self.drawn))
+            at = slice(self.count % self.capacity, self.count % self.capacity + self.at_once)
+            latents = self.vae.encode(pictures.float() / 127.5 - 1).latent_dist.mode()
+            self.latents[at] = latents * self.vae.config.scaling_factor
+            self.clip[at], self.t5[at], self.letters[at] = rest
+            self.count += self.at_once
 
     def sample(self, count: int) -> Batch:
         """So many of the scenes, each with one of its captions, cut to the longest of them on a CPU.

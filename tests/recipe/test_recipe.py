@@ -1,8 +1,9 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
+import io
 import json
+import tarfile
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -234,13 +235,20 @@ def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path):
     assert not torch.equal(before[0], after[0])
 
 
-def test_packed_art_is_the_subjects_art(art, tmp_path, monkeypatch):
-    known = scenes.SUBJECTS[: len(art) // len(scenes.STYLES)]
-    monkeypatch.setattr(art_module, "SUBJECTS", known)
-    whole = art_module.Art.__new__(art_module.Art)
-    whole.pixels, whole.keys = np.stack(art.pixels), [tuple(key) for key in art.keys]
-    whole._index = {key: i for i, key in enumerate(whole.keys)}
-    whole.pack(tmp_path)
-    packed = art_module.Art(tmp_path)
-    assert len(packed) == len(known) * len(scenes.STYLES)
-    assert np.array_equal(packed[known[5].icon, "flat"], art[known[5].icon, "flat"])
+def test_packed_art_is_what_the_sources_hold(tmp_path, monkeypatch):
+    """Of three sources with icons of their own and one in common, the packed file keeps what rendering needs."""
+    for style, size in zip(art_module.SOURCES, (16, 32, 128), strict=True):
+        own = {name: {"body": f'<path d="{style} {name}"/>'} for name in ("fox", style, "old-man", "cat-face")}
+        icons = {"width": size, "icons": own, "aliases": {"wolf": {"parent": "fox"}}}
+        stored = json.dumps(icons).encode()
+        with tarfile.open(tmp_path / f"{style}.tgz", "w:gz") as archive:
+            member = tarfile.TarInfo("package/icons.json")
+            member.size = len(stored)
+            archive.addfile(member, io.BytesIO(stored))
+    sources = {style: tmp_path / f"{style}.tgz" for style in art_module.SOURCES}
+    monkeypatch.setattr(art_module, "fetch", lambda folder: sources)
+    assert command.main(["pack", str(tmp_path / "out"), "--work", str(tmp_path)]) == 0
+    monkeypatch.setattr(art_module, "fetch", lambda folder: pytest.fail("the packed file is enough"))
+    packed = art_module.vectors(tmp_path / "out")
+    assert list(packed["3d"]["icons"]) == ["fox", "cat-face"] and packed["noto"]["width"] == 128
+    assert 'viewBox="0 0 32 16"' in art_module._svg(packed["flat"], "fox")
