@@ -3,6 +3,8 @@
 `run("sd3kit", "generate", ...)` does what `python -m sd3kit generate ...` does, and `run("-c", code, ...)` what
 `python -c` does; `launch` starts several that belong together. What is printed while a library is loaded, and what the
 environment says before that, needs a true process.
+
+They run on the CPU: the libraries ask CUDA for its devices as they are loaded, and after that a fork cannot use it.
 """
 
 import atexit
@@ -29,7 +31,7 @@ def run(*words, env=None, timeout=300) -> subprocess.CompletedProcess:
 
 def launch(*words, processes=2, env=None, timeout=300) -> list[subprocess.CompletedProcess]:
     """The processes of one launch, as torch's own launcher would start them; each with its exit code and its words."""
-    words, base = [str(word) for word in words], os.environ | (env or {})
+    words, base = [str(word) for word in words], os.environ | {"SD3KIT_DEVICE": "cpu"} | (env or {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

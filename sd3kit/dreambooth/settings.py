@@ -150,7 +150,14 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """
     from transformers.hf_argparser import HfArgumentParser
 
+    no_text = DreamBoothError("The file of options is no text: save it in UTF-8.")
+
     class Parser(HfArgumentParser):
+        def convert_arg_line_to_args(self, line: str) -> list[str]:
+            if any("\ud800" <= c <= "\udfff" for c in line):  # what Python 3.12 makes of bytes that are no UTF-8
+                raise no_text
+            return super().convert_arg_line_to_args(line)
+
         def error(self, message: str) -> typing.NoReturn:
             raise DreamBoothError(f"{message[0].upper()}{message[1:200]}; --help lists the options.")
 
@@ -159,7 +166,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     try:
         found, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
     except UnicodeDecodeError as error:
-        raise DreamBoothError("The file of options is no text: save it in UTF-8.") from error
+        raise no_text from error
     if unknown:
         name = unknown[0].partition("=")[0][:40]  # its value may be a secret
         known = [f.name for f in dataclasses.fields(Settings)]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
-from ..loading.device import pick_device
+from ..loading.device import check_launch, pick_device
 from . import reporting, saving
 from .checks import check
 from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
@@ -86,6 +86,8 @@ def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler
 def make_accelerator(settings: Settings) -> Accelerator:
     device = pick_device()
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if not on_cpu:
+        check_launch(device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")

@@ -43,15 +43,34 @@ def check_device(device: str | torch.device, where: str = "device") -> str:
     return name
 
 
+def check_launch(device: str) -> None:
+    """That each of the processes that were launched together on GPUs has one.
+
+    Raises:
+        LoadError: there are more processes than GPUs.
+    """
+    launched, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device == "cuda" and launched > there:
+        raise LoadError(
+            f"{launched} processes were launched, and this machine has {there} GPU{'s' * (there != 1)}: launch "
+            f"--num_processes {there}, or set SD3KIT_DEVICE=cpu."
+        )
+
+
 def processes():
     """accelerate's state of the processes that were launched together, or of this one alone.
 
     Processes on a CPU are joined only where accelerate is told that it is one (read in 1.15.0); otherwise each would
     take itself for the only one, and do all the work.
+
+    Raises:
+        LoadError: there are more processes than GPUs.
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=pick_device() == "cpu")
+    device = pick_device()
+    check_launch(device)
+    return PartialState(cpu=device == "cpu")
 
 
 def environment_alone() -> dict[str, str]:

@@ -15,7 +15,12 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
+    _reset()  # tests of other folders leave a state too
     yield
+    _reset()
+
+
+def _reset():
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     GradientState._reset_state()

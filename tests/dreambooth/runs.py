@@ -48,4 +48,5 @@ def one_sentence(capsys) -> str:
 
 
 def environment(**more) -> dict:
-    return os.environ | {"PYTHONPATH": str(Path(sd3kit.__file__).parent.parent), "HF_HUB_OFFLINE": "1"} | more
+    path = os.pathsep.join([str(Path(sd3kit.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | more

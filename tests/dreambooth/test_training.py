@@ -184,7 +184,7 @@ def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatc
     (tmp_path / "parts" / "losses.jsonl").write_text(first)
     assert run(tmp_path / "parts", **more, resume_from_checkpoint="latest") == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "whole")) == 2
-    pipe, nano = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole"), sd3kit.load("nano", quiet=True)
+    pipe, nano = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole"), sd3kit.load("nano", device="cpu", quiet=True)
     again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "parts")
     moved = 0
     for (name, ours), old, new in zip(
@@ -250,19 +250,20 @@ def test_eight_bit_adam(tmp_path, monkeypatch, capsys):
         assert len(losses(tmp_path)) == 1
         monkeypatch.setattr(training, "is_bitsandbytes_version", lambda operation, version: True)
     capsys.readouterr()
+    monkeypatch.setenv("SD3KIT_DEVICE", "cpu")  # on a GPU the older one trains
     assert run(tmp_path / "older", use_8bit_adam=True, max_train_steps=1) != 0
     assert "pip install -U bitsandbytes" in one_sentence(capsys)
 
 
 @pytest.mark.gpu
-def test_a_base_in_four_bits(tmp_path):
+def test_a_base_in_four_bits(tmp_path, plain):
     pytest.importorskip("bitsandbytes")
     from safetensors.torch import load_file
 
     assert run(tmp_path, base_quantization="nf4", max_train_steps=2, learning_rate=1e-3, checkpointing_steps=1) == 0
     stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert any(value.abs().max() > 0 for name, value in stored.items() if "lora_B" in name)
-    assert losses(tmp_path)[0] == pytest.approx(1.67, abs=0.5)  # a base that is damaged would predict noise
+    assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)  # a base that is damaged says something else
 
 
 def test_the_hub_gets_the_result_and_the_token_stays_hidden(tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_pictures_that_are_always_the_same_are_encoded_once(tmp_path, pipe, plai
         assert data.Samples([data.instance_rows(options)], options, 0, (16, 8, 8)).fixed() == fixed, more
     calls = []
     vae = types.SimpleNamespace(
-        encode=lambda pixels: calls.append(1) or pipe.vae.encode(pixels), device="cpu", dtype=None
+        encode=lambda pixels: calls.append(1) or pipe.vae.encode(pixels), device=pipe.vae.device, dtype=None
     )
     options = Settings(**(SMALL | square | {"repeats": 3}))
     samples = data.Samples([data.instance_rows(options)], options, 0, (16, 8, 8))

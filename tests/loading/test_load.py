@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import errors as hub
 
 import sd3kit
-from sd3kit.loading import configs, names, pipeline
+from sd3kit.loading import configs, device, names, pipeline
 from sd3kit.loading.device import pick_device, pick_dtype
 from sd3kit.loading.hub import explain
 from sd3kit.loading.names import NANO, TURBO, resolve
@@ -163,6 +163,14 @@ def test_one_variable_decides_the_device(monkeypatch, capsys):
     monkeypatch.setenv("SD3KIT_DEVICE", "cpu")
     assert pick_device() == "cpu" and sd3kit.load().device.type == "cpu"
     assert "nano on cpu" in capsys.readouterr().out
+
+
+def test_more_processes_than_gpus_get_one_sentence(monkeypatch):
+    monkeypatch.setattr(device, "pick_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(sd3kit.LoadError, match=r"2 processes .* has 1 GPU: .*--num_processes 1"):
+        device.processes()
 
 
 def test_weights_must_be_named_right():

@@ -342,7 +342,7 @@ def test_the_t5s_embedding_is_right_with_wo_in_four_bits(tmp_path):
     @torch.no_grad()
     def error(other):
         whole = t5(tokens)[0]
-        return ((other(tokens)[0].float() - whole).norm() / whole.norm()).item()
+        return ((other(tokens.to(other.device))[0].float().cpu() - whole).norm() / whole.norm()).item()
 
     left = error(recipes.nf4(tmp_path, torch.float16, "text_encoder_3"))
     packed = recipes.nf4(tmp_path, torch.float16, "text_encoder_3", wo_too=True)
