@@ -51,7 +51,7 @@ def draw_encoded(pipe, prompts: Sequence[str], encoders: str = "123", batch: int
     return made
 
 
-def encoders(row: dict, count: int = 60) -> dict:
+def encoders(row: dict, count: int = 40) -> dict:
     """Adherence with a subset of the encoders: single subjects (half of them held out), and signs."""
     pipe, judge = tools()
     asked = [
@@ -83,7 +83,7 @@ def drawn_right(count: int, pipe=None, **settings) -> dict:
     return tally(judge, drawn, asked) | {"distance": mean(far), "each": far}
 
 
-def steps(row: dict, count: int = 40) -> dict:
+def steps(row: dict, count: int = 30) -> dict:
     """Adherence and distance by shift, number of steps and size."""
     pipe, _ = tools()
     shift = pipe.scheduler.config.shift

@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import sd3kit
+from sd3kit.loading import device
 
 # Two threads of torch that never rest, and that themselves sleep while they wait: the worst neighbour that was found.
 BUSY = """
@@ -72,3 +76,23 @@ def test_who_imports_torch_first_is_told_how():
         [sys.executable, "-c", "import torch, sd3kit"], env=env, capture_output=True, text=True, check=True
     )
     assert run.stderr.count("\n") == 1 and "Import sd3kit before torch" in run.stderr
+
+
+def test_a_small_model_on_the_cpu_takes_one_thread_unless_somebody_chose(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(device, "THREADS", 4)
+        for chosen, small, left in ((4, True, 1), (1, False, 4), (3, True, 3)):
+            torch.set_num_threads(chosen)
+            device.use_threads(small)
+            assert torch.get_num_threads() == left
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        torch.set_num_threads(4)
+        sd3kit.load("nano", device="cpu", quiet=True)
+        assert torch.get_num_threads() == 4
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        sd3kit.load("nano", device="cpu", quiet=True)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

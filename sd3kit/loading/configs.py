@@ -32,7 +32,7 @@ TRANSFORMER = {
 }
 # Steps and guidance where a model's card asks for others than diffusers' 28 and 7: lesson 07 shows who says what.
 OWN_SETTINGS = {
-    "nano-turbo": (4, 1.0), "3.5-medium": (40, 4.5), "3.5-large": (28, 3.5), "3.5-large-turbo": (4, 1.0)
+    "nano": (28, 4.0), "nano-turbo": (4, 1.0), "3.5-medium": (40, 4.5), "3.5-large": (28, 3.5), "3.5-large-turbo": (4, 1.0)
 }  # fmt: skip
 SHIFT = 3.0  # FlowMatchEulerDiscreteScheduler's, of all four
 

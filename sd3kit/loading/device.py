@@ -7,6 +7,8 @@ import torch
 
 from .names import LoadError, resolve
 
+THREADS = torch.get_num_threads()  # torch's own choice, before anybody's
+
 
 def pick_device() -> str:
     """The device of the environment variable SD3KIT_DEVICE, or the fastest of this machine: cuda, mps or cpu.
@@ -41,6 +43,18 @@ def check_device(device: str | torch.device, where: str = "device") -> str:
             f"{where} asks for {name!r}, which this machine does not have: use {' or '.join(there)}."
         ) from None
     return name
+
+
+def use_threads(small: bool) -> None:
+    """One thread of torch for a model as small as nano, all for another; what a person chose stays.
+
+    Threads that sleep while they wait cost a small model more than they give, and threads that spin cost it far more
+    beside other work. A pass of nano on two cores: 58 ms by one thread (69 beside two busy ones), 84 by two that sleep
+    (77), 46 by two that spin (108, and 684 with libgomp's own 100,000 spins). `benchmarks/threads.py`, 2026-11-28,
+    AMD EPYC, torch 2.13.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() in (1, THREADS):
+        torch.set_num_threads(1 if small else THREADS)
 
 
 def check_launch(device: str) -> None:

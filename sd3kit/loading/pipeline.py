@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import configs, hub, parts
-from .device import check_device, pick_device, pick_dtype
+from .device import check_device, pick_device, pick_dtype, use_threads
 from .names import MODELS, NANO, TURBO, LoadError, own_settings, resolve
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -56,6 +56,8 @@ def load(
         raise ValueError(f'weights must be "trained" or "random", not {weights!r}.')
     source = resolve(name)
     device = pick_device() if device is None else check_device(device)
+    if device == "cpu":
+        use_threads(small=source in (str(NANO), str(TURBO)))
     picked, reason = pick_dtype(name, device)
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # the argument's older name
     if dtype is None:

@@ -219,15 +219,16 @@ def markdown(record: dict) -> str:
 
 
 def showcase(pipe) -> show.Picture:
-    """The README's picture: twelve prompts, seed 0 each, none picked."""
-    images = [pictures(pipe, [prompt])[0] for prompt in SHOWCASE]
+    """The README's picture: twelve prompts, seed 0 each, none picked, at the model's own guidance scale."""
+    images = [pictures(pipe, [prompt], guidance_scale=pipe.own_settings["guidance"])[0] for prompt in SHOWCASE]
     return show.grid(images, labels=SHOWCASE, columns=6, side=144, title="Drawn by nano, seed 0 each, none picked")
 
 
 def best_median_worst(pipe, judge: Judge, count: int = 150, each: int = 8) -> show.Picture:
     """Held-out single subjects, by the distance to the art that was asked for: a row each of best, median and worst."""
     asked = ask("single", count, judge.subjects, True, 7)
-    drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], seed=1000)
+    scale = pipe.own_settings["guidance"]
+    drawn = pictures(pipe, [scenes.caption(scene) for scene in asked], seed=1000, guidance_scale=scale)
     order = sorted(range(count), key=lambda i: judge.distance(drawn[i], asked[i].subjects[0].name, asked[i].style))
     middle = (count - each) // 2
     chosen = order[:each] + order[middle : middle + each] + order[-each:]

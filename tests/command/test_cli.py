@@ -62,7 +62,7 @@ def test_a_file_of_prompts_fills_a_folder_and_goes_on_where_it_stopped(tmp_path,
     # other settings are refused, for other seeds too, whose files would not be in each other's way
     for more in (["--guidance", "3"], ["--guidance", "3", "--seed", "9"]):
         assert cli.main(["generate", *many(tmp_path, *more)]) == 2
-        assert "was drawn with guidance 7.0, not 3.0" in capsys.readouterr().err
+        assert "was drawn with guidance 4.0, not 3.0" in capsys.readouterr().err
     assert cli.main(["generate", *many(tmp_path, "--seed", "1")]) == 0  # more seeds are welcome
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [0, 1, 2, 0, 1, 2]

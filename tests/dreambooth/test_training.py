@@ -184,7 +184,10 @@ def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatc
     (tmp_path / "parts" / "losses.jsonl").write_text(first)
     assert run(tmp_path / "parts", **more, resume_from_checkpoint="latest") == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "whole")) == 2
-    pipe, nano = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole"), sd3kit.load("nano", device="cpu", quiet=True)
+    pipe, nano = (
+        StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole"),
+        sd3kit.load("nano", device="cpu", quiet=True),
+    )
     again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "parts")
     moved = 0
     for (name, ours), old, new in zip(

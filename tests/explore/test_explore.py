@@ -602,9 +602,9 @@ def test_several_seeds_and_another_value_stand_side_by_side(text):
     text.start()
     assert text.wait(60) and said(text).startswith("Done: 4 pictures, each 3 steps")
     drawn = [(one.settings["seed"], one.settings["guidance"]) for one in text.shown]
-    assert drawn == [(4, 7.0), (4, 2.5), (5, 7.0), (5, 2.5)]
+    assert drawn == [(4, 4.0), (4, 2.5), (5, 4.0), (5, 2.5)]
     bold = re.findall("<strong>(.*?)</strong>", text._pictures.value)
-    assert bold == ["seed 4, guidance 7", "seed 4, guidance 2.5", "seed 5, guidance 7", "seed 5, guidance 2.5"]
+    assert bold == ["seed 4, guidance 4", "seed 4, guidance 2.5", "seed 5, guidance 4", "seed 5, guidance 2.5"]
     text._gallery.children[2].children[1].click()
     assert (text.inputs["seed"].value, text.inputs["guidance"].value) == (4, 2.5)
     text._other.value = "much"
@@ -645,7 +645,7 @@ def test_a_still_with_the_settings_is_kept_for_where_no_kernel_runs(pipe, monkey
     assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == one.box.model_id
     assert "children" not in shown[0]["text/plain"] + shown[1]["text/plain"]
     kept = updates[-1]["text/html"]
-    assert f'alt="{PROMPT}; seed 0"' in kept and "seed 0, 3 steps, guidance 7" in kept, "drawn before the cell ends"
+    assert f'alt="{PROMPT}; seed 0"' in kept and "seed 0, 3 steps, guidance 4" in kept, "drawn before the cell ends"
     one.inputs["seed"].value = 6
     assert one.wait(30) and f"{PROMPT}; seed 6" in updates[-1]["text/plain"]
     name = re.search('data-sd3kit="([^"]+)"', kept)[1]
