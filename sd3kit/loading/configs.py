@@ -32,8 +32,12 @@ TRANSFORMER = {
 }
 # Steps and guidance where a model's card asks for others than diffusers' 28 and 7: lesson 07 shows who says what.
 OWN_SETTINGS = {
-    "nano": (28, 4.0), "nano-turbo": (4, 1.0), "3.5-medium": (40, 4.5), "3.5-large": (28, 3.5), "3.5-large-turbo": (4, 1.0)
-}  # fmt: skip
+    "nano": (28, 4.0),
+    "nano-turbo": (4, 1.0),
+    "3.5-medium": (40, 4.5),
+    "3.5-large": (28, 3.5),
+    "3.5-large-turbo": (4, 1.0),
+}
 SHIFT = 3.0  # FlowMatchEulerDiscreteScheduler's, of all four
 
 # CLIP L/14, OpenCLIP bigG/14 and T5-v1.1-XXL, the same in all four.
