@@ -22,8 +22,8 @@ LAYOUTS = (
     (
         ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.joint_blocks"),
         "kohya's sd-scripts or ComfyUI, over the names of Stability's own code",
-        "diffusers passes it over without a word, as its q, k and v are one matrix; use it in ComfyUI, or ask for a "
-        "file in diffusers' layout.",
+        "diffusers loads nothing from it and raises no error, as its q, k and v are one matrix; use it in ComfyUI, or "
+        "ask for a file in diffusers' layout.",
     ),
 )
 

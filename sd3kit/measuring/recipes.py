@@ -161,7 +161,7 @@ def nf4(model, dtype, part, wo_too=False, **loading):
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     if wo_too:
         # The T5 casts what goes into `wo` to the type that its weight is stored in: uint8 as a rule, which gives wrong
-        # embeddings without a word. And float16 is too small for what comes out of it.
+        # embeddings and raises no error. And float16 is too small for what comes out of it.
         settings |= {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_compute_dtype": torch.bfloat16}
     config = library.BitsAndBytesConfig(load_in_4bit=True, **settings)
     with mock.patch.object(transformers.T5PreTrainedModel, "_keep_in_fp32_modules", None if wo_too else ["wo"]):
