@@ -75,8 +75,8 @@ def _npm() -> str:
 
 
 def _state() -> str:
-    """A hash of what the exported model is made of: the weights, the recipe's words, and how they are exported."""
-    folders = (HERE.parent / "sd3kit" / name for name in ("nano", "recipe"))
+    """A hash of what the exported models are made of: the weights, the recipe's words, and how they are exported."""
+    folders = (HERE.parent / "sd3kit" / name for name in ("nano", "nano-turbo", "recipe"))
     total = hashlib.sha256()
     for path in [HERE / "export.py", *(path for folder in folders for path in sorted(folder.rglob("*")))]:
         if path.suffix in (".py", ".json", ".safetensors", ".webp"):
