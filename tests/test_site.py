@@ -482,6 +482,7 @@ def test_a_model_brings_its_own_settings(site):
     site.wait_for_function("document.querySelector('#status.error')")
     assert site.inner_text("#status") == "There is no such model in this page: choose nano or nano-turbo."
     site.evaluate("location.hash = 'prompt=a+fox+on+a+red+background,+flat&model=nano-turbo&seed=5'")
+    site.wait_for_function("!document.querySelector('#status.error')")
     drawn(site)
 
 
