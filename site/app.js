@@ -316,10 +316,14 @@ function wanted() {
     const text = name.includes('prompt') || name === 'model';
     const value = text ? $('other-value').value.trim() : Number($('other-value').value);
     const label = { negative_prompt: 'without', prompt: '', model: '' }[name] ?? name;
-    const caption = (side, value) => `${side}: ${`${label} ${value || 'nothing'}`.trim()}`;
+    const caption = (side, { [name]: value, steps }) => {
+      const told = `${label} ${value || 'nothing'}${name === 'model' ? `, ${steps} steps` : ''}`;
+      return `${side}: ${told.trim()}`;
+    };
+    const change = { [name]: value, ...(name === 'model' && own(value)) };
     return Array.from({ length: seeds === 4 ? 2 : 1 }, (_, i) => [
-      many(base.seed + i, {}, caption('A', base[name])),
-      many(base.seed + i, { [name]: value, ...(name === 'model' && own(value)) }, caption('B', value)),
+      many(base.seed + i, {}, caption('A', base)),
+      many(base.seed + i, change, caption('B', { ...base, ...change })),
     ]).flat();
   }
   const strength = mode === 'change' ? { strength: Number($('strength').value) } : {};
@@ -461,9 +465,11 @@ function zoom() {
 
 // ---- under the hood -------------------------------------------------------------------------------------------------
 
+/** Places for the frames that are to come. */
 function emptyStrip() {
+  const steps = chosen?.settings.steps ?? Number($('steps').value);
   const blank = () => make('div', {}, make('canvas'), '\u00a0', make('br'), '\u00a0');
-  $('strip').replaceChildren(...Array.from({ length: FRAMES }, blank));
+  $('strip').replaceChildren(...Array.from({ length: Math.min(FRAMES, steps) }, blank));
 }
 
 function underTheHood() {
@@ -501,7 +507,7 @@ function showFrame({ id, index, step, total, sigma, size, rgba }) {
   button.onclick = () => look({ step: hood.step === step ? 0 : step });
   button.dataset.step = step;
   $('strip').children[index].replaceWith(button);
-  // nothing more is to come where there are fewer steps than places
+  // image to image may run fewer steps
   for (const [i, place] of [...$('strip').children].entries()) place.style.visibility = i < total ? '' : 'hidden';
 }
 

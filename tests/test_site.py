@@ -492,9 +492,9 @@ def test_two_models_side_by_side_each_with_its_own_steps(site):
     site.locator("#other").select_option("model")
     site.locator("#draw").click()
     drawn(site, 2)
-    assert site.locator(".tile span").all_inner_texts() == ["A: nano-turbo", "B: nano"]
+    assert site.locator(".tile span").all_inner_texts() == ["A: nano-turbo, 4 steps", "B: nano, 28 steps"]
     site.locator(".tile").nth(1).click()
-    site.wait_for_function("/ of 28,/.test(document.querySelector('#strip button').ariaLabel)", timeout=PATIENCE)
+    site.wait_for_function("/ of 28,/.test(document.querySelector('#strip button')?.ariaLabel)", timeout=PATIENCE)
     shot(site, "site-models")
     site.get_by_role("tab", name="Text to image").click()
 
