@@ -75,8 +75,7 @@ def _npm() -> str:
 
 
 def _state() -> str:
-    """A hash of what the exported models are made of: the weights, the recipe's words, what each
-    model is made for, and how they are exported."""
+    """A hash of what the export is made of: weights, the recipe's words, the models' own settings, and its code."""
     folders = (HERE.parent / "sd3kit" / name for name in ("nano", "nano-turbo", "recipe"))
     total = hashlib.sha256()
     settings = HERE.parent / "sd3kit" / "loading" / "configs.py"
