@@ -62,7 +62,8 @@ function start(wanted) {
   worker = new Worker(new URL('worker.js', import.meta.url), { type: 'module' });
   worker.onmessage = ({ data }) => hear(data, wanted);
   worker.onerror = () => say('This browser cannot run nano: it needs WebAssembly and module workers.', 'error');
-  worker.postMessage({ kind: 'load', wanted });
+  const model = $('model').value || new URLSearchParams(location.hash.slice(1)).get('model');
+  worker.postMessage({ kind: 'load', wanted, model });
   if (about) draw();
 }
 
@@ -110,7 +111,7 @@ function ask(message, step, transfer = []) {
   });
 }
 
-/** What nano.json says of the model: its words, and the settings that it is made for. */
+/** What nano.json says of the models: their words, and the settings that they are made for. */
 function know(told) {
   if (about) return;
   about = told;
@@ -121,23 +122,39 @@ function know(told) {
   chips('colours', 'colour', Object.keys(about.words.colours));
   chips('signs', 'sign', ['hello world', ...about.words.signs.slice(1, 9)]);
   chips('subjects', 'subject', about.words.subjects);
-  put({ ...about.preset, shift: about.shift, size: about.size, ...fromLink() });
+  for (const name of Object.keys(about.models).reverse()) {
+    const { steps, guidance } = own(name);
+    const label = guidance > 1 ? `${name}: ${steps} guided steps` : `${name}: ${steps} steps, no guidance`;
+    $('model').append(new Option(label, name));
+  }
+  if (!two()) $('other').querySelector('[value="model"]').remove();
+  put({ model: about.first, ...own(about.first), size: about.size, ...fromLink() });
   draw();
 }
 
 // ---- settings -------------------------------------------------------------------------------------------------------
 
+/** The settings that a model is made for, as `sd3kit.load(model).own_settings` and its scheduler have them. */
+function own(model) {
+  const { steps, guidance, shift } = about.models[model] ?? {};
+  return { steps, guidance, shift };
+}
+
+const two = () => Object.keys(about.models).length > 1;
+const otherModel = (model) => Object.keys(about.models).find((name) => name !== model);
+
 /** The settings as they stand, under the names that sd3kit's Python has. */
 function settings() {
   const value = (id) => Number($(id).value);
   return {
-    prompt: $('prompt').value.trim().replace(/\s+/g, ' '), negative_prompt: $('negative_prompt').value.trim(),
+    model: $('model').value, prompt: $('prompt').value.trim().replace(/\s+/g, ' '), negative_prompt: $('negative_prompt').value.trim(),
     seed: value('seed'), steps: value('steps'), guidance: value('guidance'), shift: value('shift'), size: value('size'),
   };
 }
 
 /** What is wrong with some settings, in one sentence, or null. */
-function wrong({ prompt, seed, ...others }) {
+function wrong({ model, prompt, seed, ...others }) {
+  if (!about.models[model]) return `There is no such model in this page: choose ${Object.keys(about.models).join(' or ')}.`;
   if (!prompt) return 'The prompt is empty: say what to draw, such as “a fox on a blue background, 3d”.';
   if (!Number.isInteger(seed) || seed < 0 || seed > LARGEST_SEED || $('seed').value === '')
     return `The seed must be a whole number from 0 to ${LARGEST_SEED}.`;
@@ -156,10 +173,13 @@ function wrong({ prompt, seed, ...others }) {
 
 /** Put settings into the controls; what is not given stays. */
 function put(given) {
-  for (const name of ['prompt', 'negative_prompt', 'seed', 'size', 'steps', 'guidance', 'shift', 'strength', 'other', 'other-value']) {
+  // few steps are chosen more easily on a short slider
+  if (about?.models[given.model]) $('steps').max = own(given.model).steps > 10 ? 50 : 10;
+  for (const name of ['model', 'prompt', 'negative_prompt', 'seed', 'size', 'steps', 'guidance', 'shift', 'strength', 'other', 'other-value']) {
     const value = given[name];
     if (value === undefined || value === null) continue;
     const control = $(name);
+    if (name === 'other') compared(value);
     // a slider would cut off what lies beyond its end
     if (control.type === 'range' && Number(value) > Number(control.max)) control.max = value;
     if (control.type === 'range' && Number(value) < Number(control.min)) control.min = value;
@@ -178,7 +198,7 @@ const count = () => Number(document.querySelector('[name="count"]:checked').valu
 function fromLink() {
   const link = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   if (!['text', 'compare'].includes(link.mode)) delete link.mode;
-  return { prompt: FIRST, ...link };
+  return { prompt: FIRST, ...(link.model && own(link.model)), ...link };
 }
 
 function toLink() {
@@ -195,6 +215,7 @@ function refresh() {
   const steps = Number($('steps').value);
   if (mode === 'change') $('steps-out').value = `${Math.max(1, steps - Math.trunc(Math.max(steps - steps * $('strength').value, 0)))} of ${steps} are run`;
   if (!words) return;
+  if ($('other').value === 'model') $('other-value').value = otherModel($('model').value) ?? '';
   const prompt = $('prompt').value;
   const unknown = words.unknown(prompt);
   const marks = [];
@@ -292,13 +313,17 @@ function wanted() {
   const many = (seed, more = {}, caption) => ({ settings: { ...base, seed, ...more }, caption });
   if (mode === 'compare') {
     const name = $('other').value;
-    const text = name.includes('prompt');
+    const text = name.includes('prompt') || name === 'model';
     const value = text ? $('other-value').value.trim() : Number($('other-value').value);
-    const label = { negative_prompt: 'without', prompt: '' }[name] ?? name;
-    const caption = (side, value) => `${side}: ${`${label} ${value || 'nothing'}`.trim()}`;
+    const label = { negative_prompt: 'without', prompt: '', model: '' }[name] ?? name;
+    const caption = (side, { [name]: value, steps }) => {
+      const told = `${label} ${value || 'nothing'}${name === 'model' ? `, ${steps} steps` : ''}`;
+      return `${side}: ${told.trim()}`;
+    };
+    const change = { [name]: value, ...(name === 'model' && own(value)) };
     return Array.from({ length: seeds === 4 ? 2 : 1 }, (_, i) => [
-      many(base.seed + i, {}, caption('A', base[name])),
-      many(base.seed + i, { [name]: value }, caption('B', value)),
+      many(base.seed + i, {}, caption('A', base)),
+      many(base.seed + i, change, caption('B', { ...base, ...change })),
     ]).flat();
   }
   const strength = mode === 'change' ? { strength: Number($('strength').value) } : {};
@@ -317,6 +342,7 @@ function working(on) {
 }
 
 async function draw() {
+  if (!about) return; // it is drawn as soon as that is there
   const mine = ++turn;
   const jobs = wanted();
   const fault = jobs.map((job) => wrong(job.settings)).find(Boolean);
@@ -405,8 +431,8 @@ async function finish(tile, { id, rgba, size }) {
 
 /** A picture in its tile. */
 function fill(tile, png, id) {
-  const { prompt, seed } = tile.settings;
-  Object.assign(tile, { png, id, url: URL.createObjectURL(png), alt: `${prompt}; seed ${seed}${tile.caption?.match(/^[AB]:/) ? `; ${tile.caption}` : ''}` });
+  const { model, prompt, seed } = tile.settings;
+  Object.assign(tile, { png, id, url: URL.createObjectURL(png), alt: `${prompt}; seed ${seed}; ${model}${tile.caption?.match(/^[AB]:/) ? `; ${tile.caption}` : ''}` });
   tile.button.append(make('img', { src: tile.url, alt: tile.alt }));
   if (tile.caption) tile.button.append(tile.button.querySelector('span')); // above the picture
   tile.button.removeAttribute('aria-label');
@@ -427,7 +453,7 @@ function actions() {
   $('download').setAttribute('aria-disabled', String(!chosen));
   if (chosen) {
     $('download').href = chosen.url;
-    $('download').download = `${chosen.settings.prompt.toLowerCase().replace(/[^a-z0-9]+/g, '-').slice(0, 60)}-${chosen.settings.seed}.png`;
+    $('download').download = `${chosen.settings.prompt.toLowerCase().replace(/[^a-z0-9]+/g, '-').slice(0, 60)}-${chosen.settings.model}-${chosen.settings.seed}.png`;
   } else $('download').removeAttribute('href');
 }
 
@@ -439,9 +465,11 @@ function zoom() {
 
 // ---- under the hood -------------------------------------------------------------------------------------------------
 
+/** Places for the frames that are to come. */
 function emptyStrip() {
+  const steps = chosen?.settings.steps ?? Number($('steps').value);
   const blank = () => make('div', {}, make('canvas'), '\u00a0', make('br'), '\u00a0');
-  $('strip').replaceChildren(...Array.from({ length: FRAMES }, blank));
+  $('strip').replaceChildren(...Array.from({ length: Math.min(FRAMES, steps) }, blank));
 }
 
 function underTheHood() {
@@ -479,6 +507,8 @@ function showFrame({ id, index, step, total, sigma, size, rgba }) {
   button.onclick = () => look({ step: hood.step === step ? 0 : step });
   button.dataset.step = step;
   $('strip').children[index].replaceWith(button);
+  // image to image may run fewer steps
+  for (const [i, place] of [...$('strip').children].entries()) place.style.visibility = i < total ? '' : 'hidden';
 }
 
 /** Ask where the picture looks at a word, at a step or in the mean of all. */
@@ -512,14 +542,15 @@ function showLooks({ id, word, step, side, map }) {
 // ---- the gallery ----------------------------------------------------------------------------------------------------
 
 function entry({ png, settings: drawn }) {
-  const { prompt, seed } = drawn;
-  const image = make('img', { src: URL.createObjectURL(png), alt: `${prompt}; seed ${seed}` });
-  const button = make('button', { type: 'button', title: `${prompt}; seed ${seed}` }, image);
+  const { model = 'nano', prompt, seed } = drawn; // before there was a choice it was nano
+  const title = `${prompt}; seed ${seed}; ${model}`;
+  const button = make('button', { type: 'button', title }, make('img', { src: URL.createObjectURL(png), alt: title }));
   button.onclick = () => {
     turn++;
     if (busy) stop();
-    put({ ...drawn, mode: 'text', count: '1' });
-    lay([{ settings: drawn, caption: '' }]);
+    const again = { ...drawn, model };
+    put({ ...again, mode: 'text', count: '1' });
+    lay([{ settings: again, caption: '' }]);
     fill(tiles[0], png, null);
     say('From the gallery, with its settings.');
     $('stage').scrollIntoView({ block: 'nearest', behavior: 'smooth' });
@@ -582,15 +613,27 @@ $('link').onclick = async () => {
   }
 };
 $('backend').onchange = () => start($('backend').value);
+$('model').onchange = () => {
+  put({ model: $('model').value, ...own($('model').value) });
+  $('live').textContent = `${$('model').value}: steps, guidance and shift are its own.`;
+};
+/** What B's other setting is at first; the other model follows from the first. */
+function compared(name) {
+  const steps = Number($('steps').value) > 4 ? 4 : 2;
+  $('other-value').readOnly = name === 'model';
+  $('other-value').value = { model: '', guidance: 2, steps, shift: 1, prompt: 'a dog holding a sign that says hello world', negative_prompt: '3d' }[name] ?? '';
+}
 $('other').onchange = () => {
-  $('other-value').value = { guidance: 2, steps: 4, shift: 1, prompt: 'a dog holding a sign that says hello world', negative_prompt: '3d' }[$('other').value];
+  compared($('other').value);
+  refresh();
 };
 $('settings-file').onchange = async ({ target }) => {
   const found = await settingsOf(target.files[0]);
   target.value = '';
   if (!found) return say('This file holds no settings: only PNGs that sd3kit or this page wrote do.', 'error');
-  put({ ...found, mode: 'text', count: '1' });
-  say('The settings are those of the picture.');
+  const told = about.models[found.model];
+  put({ ...found, model: told ? found.model : 'nano', mode: 'text', count: '1' });
+  say(`The settings are those of the picture.${told ? '' : ' It does not say which model drew it: nano is taken.'}`);
 };
 
 paint = new Paint($('paint'), (what) => {
@@ -640,12 +683,14 @@ addEventListener('drop', (event) => {
   if (file) take(file);
 });
 addEventListener('hashchange', () => {
+  if (!about) return;
   put(fromLink());
   draw();
 });
 
 for (const range of document.querySelectorAll('[type="range"]')) range.dataset.step = range.step || 1;
 emptyStrip();
+compared('model');
 show('text');
 lay([{ settings: {}, caption: '' }]);
 fillGallery();

@@ -75,10 +75,11 @@ def _npm() -> str:
 
 
 def _state() -> str:
-    """A hash of what the exported model is made of: the weights, the recipe's words, and how they are exported."""
-    folders = (HERE.parent / "sd3kit" / name for name in ("nano", "recipe"))
+    """A hash of what the export is made of: weights, the recipe's words, the models' own settings, and its code."""
+    folders = (HERE.parent / "sd3kit" / name for name in ("nano", "nano-turbo", "recipe"))
     total = hashlib.sha256()
-    for path in [HERE / "export.py", *(path for folder in folders for path in sorted(folder.rglob("*")))]:
+    settings = HERE.parent / "sd3kit" / "loading" / "configs.py"
+    for path in [HERE / "export.py", settings, *(path for folder in folders for path in sorted(folder.rglob("*")))]:
         if path.suffix in (".py", ".json", ".safetensors", ".webp"):
             total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()

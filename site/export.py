@@ -3,12 +3,13 @@
 `python site/export.py FOLDER` writes into FOLDER:
 
 - `text.onnx`, `transformer.onnx`, `encoder.onnx`, `decoder.onnx`: graphs without weights;
-- `weights.f16`: the weights of all of them, once, in float16. They are stored so in sd3kit/nano, so nothing is lost.
-  In float16 the transformer overflows, so the page widens them to float32 before it computes;
-- `nano.json`: where each weight lies, the scheduler's numbers, and the words that nano knows;
+- `weights.f16`: the weights of all of them, once, and the LoRA of nano-turbo, in float16. They are stored so in sd3kit,
+  so nothing is lost. In float16 the transformer overflows, so the page widens them to float32 before it computes;
+- `nano.json`: where each weight lies, what each model is made for, and the words that nano knows;
 - `tokenizer.json`, `tokenizer_2.json`, `tokenizer_3.json`.
 
-The weights lie apart from the graphs so that a LoRA can be added to them in the page before a session is made.
+The weights lie apart from the graphs, so that the page can add the LoRA to them before it opens the transformer: one
+graph and one file of weights are both models.
 """
 
 import argparse
@@ -25,14 +26,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from onnx import numpy_helper
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's sd3kit, not an installed one
 
 import sd3kit
 from sd3kit.explore.drawing import native_size, sizes
-from sd3kit.loading.names import NANO
+from sd3kit.loading.names import NANO, TURBO, own_settings
+from sd3kit.loading.pipeline import LORA
 
 # The recipe's words, imported here and nowhere else in this folder.
 from sd3kit.recipe import scenes
@@ -162,10 +166,18 @@ class Weights:
     def __init__(self):
         self.values, self.places, self.count = [], {}, 0
 
+    @staticmethod
+    def _key(half: np.ndarray) -> bytes:
+        return hashlib.sha256(half.tobytes()).digest()
+
+    def find(self, array: np.ndarray) -> int:
+        """The place of what was added before; KeyError where it was not."""
+        return self.places[self._key(array.astype(np.float16))]
+
     def add(self, array: np.ndarray) -> int:
         """The place of the first of its values."""
         half = array.astype(np.float16)
-        key = hashlib.sha256(half.tobytes()).digest()
+        key = self._key(half)
         if key not in self.places:
             self.places[key] = self.count
             self.values.append(half.ravel())
@@ -210,6 +222,48 @@ def _part(path: Path, weights: Weights) -> dict[str, list[int]]:
     return table
 
 
+def models(pipe, weights: Weights) -> dict[str, dict]:
+    """What the page draws with: nano, and nano-turbo where its LoRA is, each with the settings that it is made for."""
+    found = {"nano": _model("nano", pipe.scheduler, [])}
+    if (TURBO / LORA).is_file():
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TURBO, subfolder="scheduler")
+        found["nano-turbo"] = _model("nano-turbo", scheduler, _lora(pipe.transformer, weights))
+    return found
+
+
+def _model(name: str, scheduler, lora: list[list[int]]) -> dict:
+    return own_settings(name) | {
+        "shift": scheduler.config.shift,
+        "sigma_max": scheduler.sigma_max,
+        "sigma_min": scheduler.sigma_min,
+        "terminal": scheduler.config.shift_terminal,
+        "lora": lora,
+    }
+
+
+def _lora(transformer, weights: Weights) -> list[list[int]]:
+    """Store the LoRA; a row for each layer: [place of its weight, inputs, outputs, rank, place of A, place of B].
+
+    The page adds B A to the weight, which the graphs hold as inputs x outputs.
+
+    Raises:
+        ValueError: it does not belong to these weights, or it is scaled.
+    """
+    tensors, rows = load_file(TURBO / LORA), []
+    ends = (".lora_A.weight", ".lora_B.weight")
+    if other := [name for name in tensors if not name.endswith(ends)]:
+        raise ValueError(f"{TURBO / LORA} holds {other[0]}, which the page does not know.")
+    for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        down, up = (tensors[name + end].numpy() for end in ends)
+        weight = transformer.get_submodule(name.removeprefix("transformer.")).weight.detach().numpy()
+        if weight.shape != (len(up), down.shape[1]):
+            raise ValueError(f"{name} of {TURBO / LORA} does not fit nano: make nano-turbo again.")
+        rows.append([weights.find(weight.T), *weight.T.shape, len(down), weights.add(down), weights.add(up)])
+    if len({row[0] for row in rows}) < len(rows):
+        raise ValueError("Two layers share a weight, so a LoRA for each cannot be added to it.")
+    return rows
+
+
 def export(folder: Path) -> None:
     """Write everything that the page draws with into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,13 +275,13 @@ def export(folder: Path) -> None:
         _export(path, module, *rest)
         _optimize(path)
         tables[name] = _part(path, weights)
+    known = models(pipe, weights)
     np.concatenate(weights.values).tofile(folder / "weights.f16")
     for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = json.loads((NANO / part / "tokenizer.json").read_text(encoding="utf-8"))
         if part == "tokenizer_3":
             tokenizer["normalizer"] = None  # the page has `letters` in its place
         (folder / f"{part}.json").write_text(json.dumps(tokenizer, separators=(",", ":")), encoding="utf-8")
-    scheduler = pipe.scheduler
     about = {
         "parameters": sum(
             p.numel() for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters()
@@ -239,12 +293,9 @@ def export(folder: Path) -> None:
         "patch": pipe.transformer.config.patch_size,
         "scaling": pipe.vae.config.scaling_factor,
         "offset": pipe.vae.config.shift_factor or 0.0,
-        # What the page opens with. A model of few steps is another preset, with a LoRA over the same weights.
-        "preset": {"steps": 28, "guidance": 7.0},
-        "shift": scheduler.config.shift,
-        "sigma_max": scheduler.sigma_max,
-        "sigma_min": scheduler.sigma_min,
-        "timesteps": scheduler.config.num_train_timesteps,
+        "models": known,
+        "first": list(known)[-1],  # what the page opens with: the quick one, where it is there
+        "timesteps": pipe.scheduler.config.num_train_timesteps,
         "pads": [pipe.tokenizer.pad_token_id, pipe.tokenizer_2.pad_token_id, pipe.tokenizer_3.pad_token_id],
         "preview": look,
         "weights": tables,

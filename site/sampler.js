@@ -4,15 +4,20 @@
  * The noise levels from near 1 down to 0: one more than there are steps.
  *
  * Without shift they fall evenly. `shift` above 1 bends them so that more steps are spent at high noise, where it is
- * decided what stands where.
+ * decided what stands where. `terminal`, where a model has one, is the level at which the last step starts: all levels
+ * are stretched up to it. Without it the last of few steps starts near 0, where nothing is left to do.
  */
-export function sigmas(steps, shift, { sigma_max: first, sigma_min: last }) {
-  const levels = new Float32Array(steps + 1); // its last entry stays 0: no noise
+export function sigmas(steps, shift, { sigma_max: first, sigma_min: last, terminal }) {
+  const levels = new Float64Array(steps + 1); // its last entry stays 0: no noise
   for (let i = 0; i < steps; i++) {
     const even = steps === 1 ? first : first + ((last - first) * i) / (steps - 1);
     levels[i] = (shift * even) / (1 + (shift - 1) * even);
   }
-  return levels;
+  if (terminal && steps > 1) { // one level alone cannot be stretched
+    const stretch = (1 - terminal) / (1 - levels[steps - 1]);
+    for (let i = 0; i < steps; i++) levels[i] = 1 - (1 - levels[i]) * stretch;
+  }
+  return Float32Array.from(levels);
 }
 
 /** Classifier-free guidance: away from what the empty (or negative) prompt predicts, by `scale` times the difference. */

@@ -26,6 +26,7 @@ import sd3kit
 from sd3kit import explore
 from sd3kit.command import cli
 from sd3kit.lesson import attention
+from sd3kit.loading.names import own_settings
 from sd3kit.loading.pipeline import prompt_length
 
 SITE = Path(__file__).parents[1] / "site"
@@ -37,6 +38,7 @@ FLAGS = [
 ]  # fmt: skip
 WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan,WebGPU"]
 FOX = "a fox on a blue background, 3d"
+NANO, TURBO = "nano", "nano-turbo"  # the page opens with the second
 # The same picture, as largest and mean difference of 255: with the 28 steps of a usual picture, and with the few of
 # most tests here, where guidance makes a rounding error larger and no later step makes it smaller.
 USUAL, FEW = (3, 0.1), (8, 0.5)
@@ -191,7 +193,7 @@ def same(mine: np.ndarray, theirs: np.ndarray, within: tuple[float, float] = FEW
     assert apart.mean() <= within[1]
 
 
-def draw(bench, settings: dict, **more) -> dict:
+def draw(bench, settings: dict, model: str = NANO, **more) -> dict:
     return bench.evaluate(
         """async ([settings, { picture, mask, word }]) => {
           const drawn = await ask({
@@ -203,7 +205,7 @@ def draw(bench, settings: dict, **more) -> dict:
           const looks = word && (await ask({ kind: 'attention', id: drawn.id, word, step: 0 }));
           return { ...drawn, rgba: Array.from(drawn.rgba), looks: looks && Array.from(looks.map) };
         }""",
-        [settings, more],
+        [settings | {"model": model}, more],
     )
 
 
@@ -224,16 +226,19 @@ def test_noise_is_torchs(bench, seed):
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(28, 3.0), (1, 3.0), (4, 1.0), (50, 6.5)])
-def test_noise_levels_are_the_schedulers(bench, pipe, steps, shift):
-    script = """async ([steps, shift]) => {
+@pytest.mark.parametrize("model", ["nano", "nano-turbo"])
+def test_noise_levels_are_the_schedulers(bench, pipe, turbo, model, steps, shift):
+    script = """async ([model, steps, shift]) => {
       const about = await (await fetch('/model/nano.json')).json();
       const { sigmas, from_strength } = await import('/sampler.js');
-      const levels = sigmas(steps, shift, about);
+      const levels = sigmas(steps, shift, about.models[model]);
       return [Array.from(levels), [0.1, 0.5, 0.6, 1].map((strength) => from_strength(levels, strength).length - 1)];
     }"""
-    levels, left = bench.evaluate(script, [steps, shift])
+    levels, left = bench.evaluate(script, [model, steps, shift])
     mine = torch.tensor(levels, dtype=torch.float32)
-    torch.testing.assert_close(mine, explore.sigmas(pipe, steps, shift), atol=1e-6, rtol=1e-6)
+    # one step alone is nano's: a single level cannot be stretched
+    of = turbo if model == TURBO and steps > 1 else pipe
+    torch.testing.assert_close(mine, explore.sigmas(of, steps, shift), atol=1e-6, rtol=1e-6)
     # what diffusers' get_timesteps keeps
     assert left == [steps - int(max(steps - min(steps * s, steps), 0)) for s in (0.1, 0.5, 0.6, 1)]
 
@@ -281,15 +286,23 @@ def test_text_to_image_is_the_same_with_where_it_looks(bench, pipe):
     torch.testing.assert_close(torch.tensor(got["looks"]).view_as(maps), maps, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("steps", [4, 1])
+def test_nano_turbo_draws_the_same(bench, turbo, steps):
+    settings = dict(prompt=FOX, negative_prompt="", seed=3, steps=steps, guidance=1.0, shift=3.0, size=128)
+    same(pixels(draw(bench, settings, TURBO)), explore.text_to_image(turbo, **settings).image)
+
+
 @pytest.mark.night
 def test_without_guidance_and_at_another_size_it_is_the_same(bench, pipe):
     settings = dict(prompt=FOX, negative_prompt="", seed=11, steps=2, guidance=1.0, shift=3.0, size=64)
     same(pixels(draw(bench, settings)), explore.text_to_image(pipe, **settings).image)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_image_to_image_and_inpainting_are_the_same(bench, pipe, masked, strength):
+@pytest.mark.parametrize(
+    ("model", "masked", "strength"),
+    [(NANO, False, 0.6), (NANO, False, 1.0), (NANO, True, 0.6), (NANO, True, 1.0), (TURBO, True, 0.6)],
+)
+def test_image_to_image_and_inpainting_are_the_same(bench, pipe, turbo, model, masked, strength):
     start = Image.fromarray(np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)).convert("RGB")
     start.paste((200, 40, 40), (15, 10, 45, 35))
     settings = dict(
@@ -298,11 +311,13 @@ def test_image_to_image_and_inpainting_are_the_same(bench, pipe, masked, strengt
     where = np.zeros((64, 64), np.uint8)
     where[20:64, 5:38] = 1
     rgba = np.dstack([np.asarray(start), np.full((64, 64), 255, np.uint8)])
-    got = draw(bench, settings, picture=rgba.ravel().tolist(), **({"mask": where.ravel().tolist()} if masked else {}))
+    mask = {"mask": where.ravel().tolist()} if masked else {}
+    got = draw(bench, settings, model, picture=rgba.ravel().tolist(), **mask)
+    of = turbo if model == TURBO else pipe
     if masked:
-        theirs = explore.inpaint(pipe, start, Image.fromarray(where * 255), **settings)
+        theirs = explore.inpaint(of, start, Image.fromarray(where * 255), **settings)
     else:
-        theirs = explore.image_to_image(pipe, start, **settings)
+        theirs = explore.image_to_image(of, start, **settings)
     same(pixels(got), theirs.image)
 
 
@@ -320,10 +335,11 @@ def test_webgpu_draws_the_same(browser, address, pipe):
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_picture_is_that_of_the_command_line(browser, address, tmp_path):
-    """Seed 7 with all that the page opens with; also what the first visit takes in bytes and seconds."""
-    command = [FOX, "--seed", "7", "-o", str(tmp_path / "python.png")]
+def test_the_first_picture_is_nano_turbos_and_nanos_is_that_of_the_command_line(browser, address, turbo, tmp_path):
+    """Seed 7, each with its own settings; also what the first visit takes in bytes and seconds."""
+    command = [FOX, "--seed", "7", "-o", str(tmp_path / "nano.png")]
     assert cli.main(["generate", *command]) == 0
+    explore.text_to_image(turbo, FOX, seed=7).save(tmp_path / "nano-turbo.png")
     context = browser.new_context(accept_downloads=True)
     page, sizes = context.new_page(), {}
     devtools = context.new_cdp_session(page)
@@ -331,18 +347,25 @@ def test_the_first_picture_is_that_of_the_command_line(browser, address, tmp_pat
     context.on("requestfinished", lambda request: sizes.update({request.url: request.sizes()["responseBodySize"]}))
     page.goto(f"{address}#{'prompt=' + FOX.replace(' ', '+')}&seed=7")
     drawn(page)
-    seconds = page.evaluate("[document.documentElement.dataset.ready, document.documentElement.dataset.drawn]")
-    with page.expect_download() as download:
-        page.get_by_role("link", name="Download").click()
-    download.value.save_as(tmp_path / "page.png")
-    assert explore.from_png(tmp_path / "page.png") == explore.from_png(tmp_path / "python.png")
-    same(np.asarray(Image.open(tmp_path / "page.png").convert("RGB")), Image.open(tmp_path / "python.png"), USUAL)
+    for model in (TURBO, NANO):
+        if model != page.input_value("#model"):
+            page.locator("#model").select_option(model)
+            page.locator("#draw").click()
+            drawn(page)
+        told = page.evaluate("[document.documentElement.dataset.ready, document.documentElement.dataset.drawn]")
+        print(f"\n{model}: ready after {told[0]} s, drawn in {told[1]} s")
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download").click()
+        download.value.save_as(tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as picture, Image.open(tmp_path / f"{model}.png") as theirs:
+            assert json.loads(picture.text["sd3kit"])["model"] == model
+            assert explore.from_png(tmp_path / "page.png") == explore.from_png(tmp_path / f"{model}.png")
+            same(np.asarray(picture.convert("RGB")), theirs, USUAL)
     dist = SITE / "dist"
     paths = {url.removeprefix(address).split("#")[0] or "index.html" for url in sizes if url.startswith(address)}
     assert "model/weights.f16" in paths and "vendor/ort-wasm-simd-threaded.wasm" in paths
     total = sum((dist / path).stat().st_size for path in paths if (dist / path).is_file())
     print(f"\nfirst visit: {len(paths)} files, {total / 1e6:.1f} MB")
-    print(f"ready after {seconds[0]} s, drawn in {seconds[1]} s")
     assert total < TRANSFER
     context.close()
 
@@ -350,7 +373,7 @@ def test_the_first_picture_is_that_of_the_command_line(browser, address, tmp_pat
 def test_it_says_what_nano_is_and_shows_the_steps(site):
     count = f"{sum(p.numel() for m in models() for p in m.parameters()) / 1e6:.1f}"
     assert f"A Stable Diffusion 3 of {count} million parameters" in site.inner_text("header")
-    assert site.get_by_role("img", name="a fox on a red background, flat; seed 5").count() >= 1
+    assert site.get_by_role("img", name="a fox on a red background, flat; seed 5; nano-turbo").count() >= 1
     assert site.locator("#strip button").count() == 3
     before = site.locator("#heat").get_attribute("aria-label")
     assert re.match("Where the picture looks at fox in the mean of all steps and layers: most at row", before)
@@ -430,7 +453,7 @@ def test_by_keyboard_alone(site):
     site.keyboard.press("Enter")
     site.wait_for_function("document.querySelector('#draw').textContent === 'Stop'")
     drawn(site)
-    assert "a star on a black background, flat; seed 5" in site.inner_text("#live")
+    assert "a star on a black background, flat; seed 5; nano-turbo" in site.inner_text("#live")
     site.locator("#tab-text").focus()
     site.keyboard.press("ArrowRight")
     assert site.evaluate("document.activeElement.id") == "tab-change"
@@ -449,16 +472,44 @@ def test_a_wrong_setting_is_said_and_not_mended(site):
     assert site.inner_text("#status").startswith("The prompt is empty")
 
 
+def test_a_model_brings_its_own_settings(site):
+    def shown() -> list[str]:
+        return [site.input_value(f"#{name}") for name in ("steps", "guidance", "shift")]
+
+    for model in (NANO, TURBO):
+        site.locator("#model").select_option(model)
+        assert shown() == [f"{value:g}" for value in (*own_settings(model).values(), 3)]
+    site.evaluate("location.hash = 'prompt=a+fox&model=medium'")
+    site.wait_for_function("document.querySelector('#status.error')")
+    assert site.inner_text("#status") == "There is no such model in this page: choose nano or nano-turbo."
+    site.evaluate("location.hash = 'prompt=a+fox+on+a+red+background,+flat&model=nano-turbo&seed=5'")
+    site.wait_for_function("!document.querySelector('#status.error')")
+    drawn(site)
+
+
+@pytest.mark.night
+def test_two_models_side_by_side_each_with_its_own_steps(site):
+    site.get_by_role("tab", name="Compare").click()
+    site.locator("#other").select_option("model")
+    site.locator("#draw").click()
+    drawn(site, 2)
+    assert site.locator(".tile span").all_inner_texts() == ["A: nano-turbo, 4 steps", "B: nano, 28 steps"]
+    site.locator(".tile").nth(1).click()
+    site.wait_for_function("/ of 28,/.test(document.querySelector('#strip button')?.ariaLabel)", timeout=PATIENCE)
+    shot(site, "site-models")
+    site.get_by_role("tab", name="Text to image").click()
+
+
 @pytest.mark.night
 def test_two_settings_side_by_side_on_the_same_seeds(site):
     site.get_by_role("tab", name="Compare").click()
     site.locator("#prompt").fill("a sun on a purple background, flat")
     site.locator("#other").select_option("guidance")
-    site.locator("#other-value").fill("1")
+    site.locator("#other-value").fill("2")
     site.get_by_text("Four", exact=True).click()
     site.locator("#draw").click()
     drawn(site, 4)
-    assert site.locator(".tile span").all_inner_texts() == ["A: guidance 7", "B: guidance 1"] * 2
+    assert site.locator(".tile span").all_inner_texts() == ["A: guidance 1", "B: guidance 2"] * 2
     names = [image.get_attribute("alt") for image in site.locator(".tile img").all()]
     assert [re.search(r"seed (\d+)", name)[1] for name in names] == ["5", "5", "6", "6"]
     shot(site, "site-compare")
@@ -520,19 +571,24 @@ def test_settings_come_back_from_a_picture_of_python(site, pipe):
     made = explore.text_to_image(pipe, "a ghost, \u201cnoto\u201d", seed=9, steps=2, guidance=3.0)
     site.locator("#settings-file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": made.png()})
     site.wait_for_function("document.querySelector('#status').textContent.includes('those of the picture')")
-    values = {name: site.input_value(f"#{name}") for name in ("prompt", "seed", "steps", "guidance")}
-    assert values == {"prompt": "a ghost, \u201cnoto\u201d", "seed": "9", "steps": "2", "guidance": "3"}
+    values = {name: site.input_value(f"#{name}") for name in ("model", "prompt", "seed", "steps", "guidance")}
+    assert values == {
+        "model": NANO, "prompt": "a ghost, \u201cnoto\u201d", "seed": "9", "steps": "2", "guidance": "3"
+    }  # fmt: skip
+    assert "does not say which model" in site.inner_text("#status")
+    site.locator("#model").select_option(TURBO)
 
 
 def test_stop_ends_what_is_drawn_and_what_waits(site):
     site.locator("#prompt").fill("a sun on a purple background, flat")
+    site.locator("#model").select_option(NANO)
     site.locator("#steps").evaluate("steps => { steps.value = 50; }")
     site.get_by_text("Four", exact=True).click()
     site.locator("#draw").click()
     site.wait_for_function("/step [2-9]/.test(document.querySelector('#status').textContent)", timeout=PATIENCE)
     site.locator("#draw").click()
     assert (site.inner_text("#status"), site.inner_text("#draw")) == ("Stopped.", "Draw")
-    site.locator("#steps").evaluate("steps => { steps.value = 2; }")
+    site.locator("#model").select_option(TURBO)
     site.get_by_text("One", exact=True).click()
     site.locator("#draw").click()
     drawn(site)
@@ -541,14 +597,16 @@ def test_stop_ends_what_is_drawn_and_what_waits(site):
 @pytest.mark.night
 def test_a_link_holds_the_settings(site, browser):
     site.locator("#negative_prompt").evaluate("input => { input.value = 'flat'; }")
+    site.locator("#model").select_option(NANO)  # not what the page opens with
     site.get_by_role("button", name="Copy link").click()
     link = site.evaluate("navigator.clipboard.readText()")
     other = browser.new_page()
     other.goto(link)
     other.wait_for_function("document.querySelector('#prompt').value")
-    for name in ("prompt", "negative_prompt", "seed", "steps", "guidance", "shift", "size"):
+    for name in ("model", "prompt", "negative_prompt", "seed", "steps", "guidance", "shift", "size"):
         assert other.input_value(f"#{name}") == site.input_value(f"#{name}"), name
     other.close()
+    site.locator("#model").select_option(TURBO)
 
 
 @pytest.mark.night
@@ -582,7 +640,7 @@ def test_the_gallery_survives_a_reload(site):
     drawn(site)
     site.locator("#gallery button").last.click()  # the first that was drawn
     assert site.input_value("#prompt") == "a fox on a red background, flat"
-    assert site.locator("#stage img").get_attribute("alt") == "a fox on a red background, flat; seed 5"
+    assert site.locator("#stage img").get_attribute("alt") == "a fox on a red background, flat; seed 5; nano-turbo"
 
 
 def test_no_request_leaves_for_another_host(site, asked, address):
