@@ -235,6 +235,7 @@ def with_lora(pipe):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     other.set_adapters(["dog", "ink"], [0.5, 2.0])
+    other.own_settings = pipe.own_settings
     return other
 
 
