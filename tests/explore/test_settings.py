@@ -133,7 +133,7 @@ def test_schedulers_of_diffusers_draw_what_the_pipeline_draws(scheduled, name, m
     torch.manual_seed(0)  # some add noise of the global generator
     plain = scheduled(
         PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=3, width=64, height=64,
-        max_sequence_length=40,
+        guidance_scale=drawn.settings["guidance"], max_sequence_length=40,
     ).images[0]  # fmt: skip
     assert np.array_equal(np.asarray(drawn.image), np.asarray(plain))
     assert drawn.settings.get("shift") == shift
