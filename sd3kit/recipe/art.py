@@ -143,7 +143,7 @@ class Art:
     """All the icons, rendered once: `art[icon, style]` is a (160, 160, 4) uint8 array with premultiplied alpha."""
 
     def __init__(self, folder: Path):
-        """Load from `folder`, fetching and rendering (about a minute) the first time."""
+        """Load from `folder`, fetching and rendering (seconds on many cores, a minute on two) the first time."""
         cache = folder / "icons.npz"
         if not cache.exists():
             sets = vectors(folder)
