@@ -1,6 +1,6 @@
 """What threads that wait cost: nano's pass alone and beside two busy threads, by how torch's threads wait.
 
-python benchmarks/threads.py   a minute; run nothing else. Each row is a fresh process.
+python benchmarks/threads.py   five minutes; run nothing else. Each row is a fresh process.
 """
 
 import os
@@ -36,7 +36,8 @@ finally:
     busy.kill()
 print(f"{alone:.0f} ms alone, {beside:.0f} ms beside")
 """
-ROWS = (("PASSIVE", None, 1), ("PASSIVE", None, 2), ("PASSIVE", 1_000, 2), ("PASSIVE", 10_000, 2), ("ACTIVE", None, 2))
+SPINS = (1_000, 10_000, 100_000)
+ROWS = (("PASSIVE", None, 1), ("PASSIVE", None, 2), *(("PASSIVE", n, 2) for n in SPINS), ("ACTIVE", None, 2))
 
 for policy, spins, threads in ROWS:
     given = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"OMP_WAIT_POLICY": policy}

@@ -150,12 +150,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """
     from transformers.hf_argparser import HfArgumentParser
 
-    no_text = DreamBoothError("The file of options is no text: save it in UTF-8.")
-
     class Parser(HfArgumentParser):
         def convert_arg_line_to_args(self, line: str) -> list[str]:
-            if any("\ud800" <= c <= "\udfff" for c in line):  # what Python 3.12 makes of bytes that are no UTF-8
-                raise no_text
+            line.encode()  # Python 3.12 reads bytes that are no UTF-8 as surrogates, which raise here
             return super().convert_arg_line_to_args(line)
 
         def error(self, message: str) -> typing.NoReturn:
@@ -165,8 +162,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.description = "Teach Stable Diffusion 3 a subject from a few pictures, with LoRA or in full."
     try:
         found, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
-    except UnicodeDecodeError as error:
-        raise no_text from error
+    except UnicodeError as error:
+        raise DreamBoothError("The file of options is no text: save it in UTF-8.") from error
     if unknown:
         name = unknown[0].partition("=")[0][:40]  # its value may be a secret
         known = [f.name for f in dataclasses.fields(Settings)]

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 
 from . import scenes
 from .art import SIZE, Art, draw, place, to_tensor
-from .training import Average, Budget, cosine, fast_dtype, restore_parts, save_parts
+from .training import Average, Budget, cosine, fast_dtype, own_random, restore_parts, save_parts
 
 CHANNELS = 16
 NOISE = 0.1  # deviation of the posterior, and the most in training; the latents' own deviation is about 1
@@ -93,8 +93,7 @@ class Pictures(torch.utils.data.IterableDataset):
         self.art, self.seed = art, seed
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        rng = own_random(self.seed)
         while True:
             pictures = np.stack([random_picture(self.art, rng) for _ in range(8)])
             yield torch.from_numpy(pictures.round().astype(np.uint8)).permute(0, 3, 1, 2)

@@ -173,29 +173,25 @@ def train(
     *,
     start: SD3Transformer2DModel | None = None,
     device: str = "cpu",
-    rates: tuple[float, float] | None = None,
     decay_from: float = 0.6,
-    full_from: float | None = None,
-    replay: bool = True,
     seed: int = 0,
 ) -> SD3Transformer2DModel:
     """Train for `minutes` on the first so many subjects; the average of the parameters comes back.
 
     Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
     finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
-    autoencoder and the text encoders stay as they are. `rates` are AdamW's and Muon's, instead of `RATES`; on a GPU
-    `replay` uses CUDA graphs.
+    autoencoder and the text encoders stay as they are.
     """
     rng, dtype = random.Random(seed), fast_dtype(device)
     on_gpu = device != "cpu"
-    full_from = FULL_FROM["cuda" if on_gpu else "cpu"] if full_from is None else full_from
+    kind = "cuda" if on_gpu else "cpu"  # other accelerators are fed as CUDA's are
     vae, text = vae.to(device).eval().requires_grad_(False), text.to(device).eval().requires_grad_(False)
     torch.manual_seed(seed)
     model = transformer().to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
     average, budget = Average(list(model.parameters()), 0.9995), Budget(minutes, "flow")
-    adamw, muon = optimizers(model, *(rates or RATES["cuda" if on_gpu else "cpu"]))
+    adamw, muon = optimizers(model, *RATES[kind])
     kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}
     groups = adamw.param_groups + muon.param_groups
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -215,11 +211,11 @@ def train(
     }
     for part, pool in pools.items():
         pool.renew(max(1, sizes[part] * 16 // pool.at_once))
-    velocity = Replayed(model) if device == "cuda" and replay else Velocity(model)
+    velocity = Replayed(model) if device == "cuda" else Velocity(model)
     guard, smooth, began = Guard(average), {}, budget.steps
     for done in budget:
         factor = guard.slower * min(1.0, (budget.steps - began + 1) / 100) * cosine(done, decay_from, 0.02)
-        full = done > full_from or rng.random() < 0.03
+        full = done > FULL_FROM[kind] or rng.random() < 0.03
         lengths = (CLIP_LENGTH, rng.choice((40, 256) if on_gpu else (40, 77, 256))) if full else (0, 0)
         counts = {part: size // 2 if full and on_gpu else size for part, size in sizes.items()}
         drawn = [pool.sample(counts[part]) for part, pool in pools.items()]

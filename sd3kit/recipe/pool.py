@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from . import scenes
 from .art import CELL, SIZE, Art, cells, draw
 from .text import Text
+from .training import own_random
 
 CAPTIONS = 4  # of each scene
 AT_ONCE, AT_ONCE_ON_GPU = 8, 64  # scenes that are drawn and encoded together
@@ -42,8 +43,7 @@ class Drawn(torch.utils.data.IterableDataset):
         self.at_once, self.seed = at_once, seed
 
     def __iter__(self) -> Iterator[tuple]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        rng = own_random(self.seed)
         while True:
             new = [scenes.random_scene(rng, self.subjects, rng.choice(self.kinds)) for _ in range(self.at_once)]
             pictures = np.stack([draw(scene, self.art, rng) for scene in new]).round().astype(np.uint8)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import time
 import unittest.mock
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ def fast_dtype(device: str) -> torch.dtype:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell them
     native = device == "cpu" and capabilities.get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
+
+
+def own_random(seed: int) -> random.Random:
+    """Random numbers of a process that draws: each worker of a `DataLoader` has others."""
+    worker = torch.utils.data.get_worker_info()
+    return random.Random(f"{seed} {worker.id if worker else 0}")
 
 
 def save_whole(state: dict, path: Path) -> None:
