@@ -42,7 +42,7 @@ def test_strip_says_what_is_wrong(tmp_path, capsys):
 def test_the_plans_add_up_to_the_hours_that_they_name():
     text = (lessons.FOLDER.parent / "TEACHING.md").read_text(encoding="utf-8")
     plans = re.findall(r"^### .*?\(([\d½]+) hours.*?\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL)
-    assert len(plans) == 2
+    assert len(plans) == 3
     for hours, plan in plans:
         minutes = sum(int(n) for row in re.findall(r"^\| ([\d +]+) \|", plan, re.MULTILINE) for n in row.split("+"))
         assert minutes == 60 * (int(hours.rstrip("½")) + hours.endswith("½") / 2)
