@@ -40,7 +40,7 @@ records() {
     [ -e "$OUT/$study.jsonl" ] || cp "sd3kit/results/$study.jsonl" "$OUT/"  # rows that this machine has are left
     rows=$([ $study = memory ] && echo "$MEMORY" || echo "$SPEED")
     # shellcheck disable=SC2086
-    timeout -s INT -k 20 "$seconds" "$PYTHON" -m sd3kit measure $study --model "$MODEL" --weights random --steps 20 \
+    timeout -s INT -k 20 "$seconds" "$PYTHON" -m studies.measure $study --model "$MODEL" --weights random --steps 20 \
       --calls 3 --warmup 1 --out "$OUT/$study.jsonl" --rows $rows 2>&1 | tee "$OUT/$study.txt" | grep -v "row/s\|s/row"
   done
 }

@@ -11,10 +11,11 @@ from sd3kit import records
 from sd3kit.errors import UserError, answer
 from sd3kit.files import check_writable
 from sd3kit.loading import configs
-from sd3kit.measuring import bench
 from sd3kit.measuring.account import GIB, PARTS, _part, activations, layers, weights
 from sd3kit.measuring.plan import ENCODERS, Recipe
 from sd3kit.measuring.recipes import RECIPES
+
+from .bench import versions
 
 
 def _largest_layer(model: str, part: str) -> int:
@@ -122,7 +123,7 @@ def store(models: list[str], size: int, out: str | Path) -> None:
     check_writable(out)
     records.read(out)  # before the first model is accounted
     for model in models:
-        identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": bench.versions()}
+        identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": versions()}
         made = records.study(
             list(RECIPES), lambda row, m=model: peaks(m, row, size), out, identity, "python -m studies.accounting"
         )

@@ -69,7 +69,7 @@ class Generate:
 
 
 class Records:
-    """A benchmark's rows, as `sd3kit measure` stores them."""
+    """A benchmark's rows, as `studies.measure` stores them."""
 
     def __init__(self, folder):
         self.path, self.most = folder / "rows.jsonl", 0

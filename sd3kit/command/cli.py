@@ -1,11 +1,11 @@
-"""The command line: `sd3kit generate`, `check` (what this machine can run), `measure` and `reset`."""
+"""The command line: `sd3kit generate`, `check` (what this machine can run) and `reset`."""
 
 import argparse
 from pathlib import Path
 
 from .. import __version__
 from ..errors import answer
-from . import generate, measure
+from . import generate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,7 +14,6 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     generate.add_parser(commands)
     commands.add_parser("check", help="what this machine has and what it can run")
-    measure.add_parser(commands)
     reset = commands.add_parser("reset", help="put a lesson back as it was published, and keep your copy")
     reset.add_argument("lesson", help="how its name begins, such as 03")
     reset.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the lessons are (%(default)s)")
@@ -30,8 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int | None:
     if options.command == "generate":
         return generate.run(options)
-    if options.command == "measure":
-        return measure.run(options)
     if options.command == "reset":
         from .reset import reset
 

@@ -1,6 +1,5 @@
 """Time, memory and the floor: what makes SD3 fit (`recipes`) and fast (`speedups`), and what each costs.
 
-`protocol` measures, `account` counts a part's bytes without running it, `fit` advises by what is stored of both,
-`bench` is what `sd3kit measure` does, `report` its table. May import `loading`, `records` and `recipe`. Start with
-`recipes.py`.
+`protocol` measures, `account` counts a part's bytes without running it, `fit` advises by what is stored of both. May
+import `loading` and `records`. Start with `recipes.py`; `python -m studies.measure`, in the repository, measures all.
 """

@@ -49,8 +49,8 @@ def fit(gpu_gb: float, ram_gb: float, model: str = "medium", records: list[dict]
         gpu_gb: GiB of free GPU memory, as torch.cuda.mem_get_info says; a "16 GB" T4 has 15 at most.
         ram_gb: GiB of the processor's memory that is free, for the model and the libraries.
         model: "medium", or another of `sd3kit.loading.configs.TRANSFORMER`.
-        records: those of `sd3kit measure memory` on your machine; None is what the package stores. Where a recipe was
-            not measured, its peaks are accounted.
+        records: those of `python -m studies.measure memory` on your machine; None is what the package stores. Where a
+            recipe was not measured, its peaks are accounted.
 
     Raises:
         ValueError: sizes that are no positive numbers, or nothing fits; one sentence.

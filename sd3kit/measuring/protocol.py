@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import statistics
 import threading
 from collections.abc import Callable, Iterable
 
@@ -14,36 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
 
 
-def timed(call: Callable[[int], object], *, n: int = 10, warmup: int = 3) -> dict:
-    """Time `call(i)`: `warmup` calls apart, as they may load or compile, and then n calls; the device is waited for.
-
-    Returns:
-        Seconds: `first` (None without warm-up), `median`, `mean` (which the announcement states), `std`, `low`, `high`;
-        and `n`, `warmup`. The clock and the statistics are torch.utils.benchmark's.
-
-    Raises:
-        ValueError: fewer than one call, or a negative warm-up.
-    """
-    if n < 1 or warmup < 0:
-        raise ValueError(f"Timing needs n >= 1 and warmup >= 0, not n={n} and warmup={warmup}.")
-
-    def once(i: int) -> float:
-        start = benchmark.timer()
-        call(i)
-        return benchmark.timer() - start
-
-    apart = [once(i) for i in range(warmup)]
-    times = benchmark.Measurement(1, [once(i) for i in range(n)], benchmark.TaskSpec("call", None))
-    return {
-        "first": apart[0] if apart else None,
-        "median": times.median,
-        "mean": times.mean,
-        "std": statistics.stdev(times.times) if n > 1 else 0.0,
-        "low": min(times.times),
-        "high": max(times.times),
-        "n": n,
-        "warmup": warmup,
-    }
+def modules(pipe) -> list[torch.nn.Module]:
+    """The parts of a pipeline that have weights."""
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def stored_bytes(*modules: torch.nn.Module) -> int:

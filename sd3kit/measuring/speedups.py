@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 from diffusers.hooks import (
     HookRegistry,
     MagCacheConfig,
@@ -19,18 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
 
-INDUCTOR_FLAGS = (
-    "conv_1x1_as_mm",
-    "coordinate_descent_tuning",
-    "epilogue_fusion",
-    "coordinate_descent_check_all_directions",
-)
 SPEEDUPS: dict[str, Callable] = {}
-# The same work in other code: a first call must pay for what these gain. Fewer bits are less work only to kernels.
-COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs", "fp8_compiled", "int8_compiled", "best",
-            "best_fp8")  # fmt: skip
-SAME_WORK = (*COMPILED, "eager", "channels_last", "cudnn_attention", "flash_attention", "attention_backend")
-WHOLE = ("bfloat16", "fp8_compiled", "best_fp8")  # changes the text encoders too
 
 
 def need_cuda(what: str, capability: tuple[int, int] = (0, 0)) -> None:

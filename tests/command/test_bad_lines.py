@@ -17,10 +17,9 @@ import pytest
 from sd3kit import files, teach
 from sd3kit.command import cli
 from sd3kit.loading import pipeline
-from sd3kit.measuring import bench
 from sd3kit.recipe import __main__ as recipe
 from studies import __main__ as study
-from studies import accounting, drawing, seats, teaching
+from studies import accounting, bench, drawing, measure, seats, tables, teaching
 
 LONG = "n" * 300
 LINES = {
@@ -226,7 +225,7 @@ def shared(tmp_path_factory):
 def typed(line):
     words = shlex.split(line)
     mains = {"teach": teach.main, "seats": seats.main, "study": study.main}
-    mains |= {"accounting": accounting.main, "recipe": recipe.main}
+    mains |= {"accounting": accounting.main, "measure": measure.main, "recipe": recipe.main}
     main, words = (mains[words[0]], words[1:]) if words[:1] and words[0] in mains else (cli.main, words)
     try:
         return main(words)
@@ -237,7 +236,7 @@ def typed(line):
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:60])
 def test_a_bad_line_is_one_sentence(line, shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    for module in (pipeline, bench, drawing, teaching):
+    for module in (pipeline, bench, tables, drawing, teaching):
         monkeypatch.setattr(module, "load", lambda *args, **more: pytest.fail("a model was loaded"))
     before = contents(shared)
     assert typed(line) == 2

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sd3kit import records
-from sd3kit.measuring import account, bench, fit
+from sd3kit.measuring import account, fit
 from sd3kit.measuring.recipes import RECIPES
 from studies import accounting
+from studies.bench import versions
 
 
 @functools.cache
@@ -21,7 +22,7 @@ def test_stored_bytes_are_recomputed():
     assert set(stored) == set(RECIPES)
     for name in ("model_offload_without_t5", "without_t5"):  # without the T5: quick to build
         again = accounting.peaks("medium", name)
-        off = 0 if stored[name]["versions"]["torch"] == bench.versions()["torch"] else 1e-6  # others round a little
+        off = 0 if stored[name]["versions"]["torch"] == versions()["torch"] else 1e-6  # others round a little
         assert {key: stored[name][key] for key in again} == {
             key: pytest.approx(value, rel=off, abs=0) if isinstance(value, int) else value
             for key, value in again.items()

@@ -5,21 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from sd3kit import records
-from sd3kit.command import cli
-from sd3kit.command import measure as measure_command
 from sd3kit.errors import UserError
 from sd3kit.loading.names import NANO
-from sd3kit.measuring import bench, protocol, recipes, report
+from sd3kit.measuring import protocol, recipes
 from sd3kit.measuring.recipes import ENCODERS, RECIPES
+from sd3kit.measuring.report import distance, of_eager
 from sd3kit.measuring.speedups import SPEEDUPS
 from sd3kit.recipe.training import fast_dtype
+from studies import bench, measure, tables
 
+ROOT = Path(__file__).parents[2]  # `studies` is there
 PROMPT = "a fox on a blue background, flat"
 
 
@@ -28,7 +30,7 @@ PROMPT = "a fox on a blue background, flat"
 
 def test_warm_up_is_apart_and_calls_are_counted():
     seen = []
-    record = protocol.timed(seen.append, n=4, warmup=2)
+    record = bench.timed(seen.append, n=4, warmup=2)
     assert seen == [0, 1, 0, 1, 2, 3]
     assert record["low"] <= record["median"] <= record["high"] and record["n"] == 4 and record["first"] is not None
 
@@ -36,7 +38,7 @@ def test_warm_up_is_apart_and_calls_are_counted():
 @pytest.mark.parametrize(("n", "warmup"), [(0, 1), (1, -1)])
 def test_timing_refuses_no_calls(n, warmup):
     with pytest.raises(ValueError, match="n >= 1"):
-        protocol.timed(print, n=n, warmup=warmup)
+        bench.timed(print, n=n, warmup=warmup)
 
 
 def test_peak_sees_what_was_freed_again():
@@ -74,7 +76,7 @@ def test_a_matrix_product_is_not_faster_than_the_floor():
     limits = protocol.machine("cpu", torch.float32)
     a = torch.randn(512, 512)
     counted = protocol.count(lambda: a @ a)
-    record = protocol.timed(lambda i: a @ a, n=20, warmup=5)
+    record = bench.timed(lambda i: a @ a, n=20, warmup=5)
     assert record["median"] > 0.5 * protocol.floor(counted, limits), (
         "the rate was measured too low, or the count is wrong"
     )
@@ -86,9 +88,7 @@ def test_a_matrix_product_is_not_faster_than_the_floor():
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
     """A bench as the command makes it: two steps, one call."""
-    parser = argparse.ArgumentParser()
-    measure_command.add_parser(parser.add_subparsers(dest="command"))
-    options = parser.parse_args(["measure", "memory", "--model", "nano", "--steps", "2", "--calls", "1"])
+    options = measure.parse(["memory", "--model", "nano", "--steps", "2", "--calls", "1"])
     made = bench.Bench(options, "nano", str(NANO), "cpu")
     made.reference()
     return made
@@ -122,10 +122,10 @@ def test_a_recipe_that_runs_on_a_processor_draws_the_defaults_picture(runner, na
         pytest.importorskip("torchao")
     pipe, inputs = runner.make(name)
     picture = runner.draw(pipe, 0, inputs)
-    far = bench.distance([picture], runner.reference()[0])
+    far = distance([picture], runner.reference()[0])
     assert far <= (0.5 if name in EXACT else NEAR[name])
-    stored = protocol.stored_bytes(*bench._modules(pipe))
-    whole = protocol.stored_bytes(*bench._modules(runner.make("default")[0]))
+    stored = protocol.stored_bytes(*protocol.modules(pipe))
+    whole = protocol.stored_bytes(*protocol.modules(runner.make("default")[0]))
     if RECIPES[name].bits or RECIPES[name].keeps == "stage":
         assert stored < 0.99 * whole, "it must store less"
         assert far > 0 or name == "t5_int8" or RECIPES[name].keeps == "stage", "fewer bits leave a trace"
@@ -156,7 +156,7 @@ def test_the_t5_in_eight_bits_keeps_its_wo_layers(runner):
 def test_tiling_at_the_models_own_size_does_nothing(runner):
     pipe, _ = runner.make("default")
     pipe.vae.enable_tiling()
-    assert bench.distance([runner.draw(pipe, 0)], runner.reference()[0]) == 0
+    assert distance([runner.draw(pipe, 0)], runner.reference()[0]) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and they work")
@@ -202,7 +202,7 @@ def test_the_cache_of_sizes_is_exact_at_zero_skips_above_and_draws_alike_again(r
         assert (len(ran) < 3 * 8) == skips and len(ran) % 2 == 0, (
             "the first runs in full, the others leave the same out"
         )
-        assert (bench.distance([first], [learning]) > 0) == skips and bench.distance([first], [second]) == 0
+        assert (distance([first], [learning]) > 0) == skips and distance([first], [second]) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and they work or torch says why not")
@@ -236,7 +236,7 @@ def test_attention_by_a_kernel_of_torch_draws_the_same(runner):
         lambda *_: seen.append(backends.flash_sdp_enabled())
     )
     attend_by(pipe, SDPBackend.MATH)
-    assert bench.distance([runner.draw(pipe, 0)], runner.reference()[0]) < 0.5
+    assert distance([runner.draw(pipe, 0)], runner.reference()[0]) < 0.5
     assert seen and not any(seen) and backends.flash_sdp_enabled(), (
         "the other kernels are off there, and on again after"
     )
@@ -249,7 +249,7 @@ def test_broadcast_attention_is_left_out_in_some_steps_and_forgotten_after_a_pic
     pipe.transformer.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: calls.append(1))
     first, second = (runner.draw(pipe, 0, num_inference_steps=8, **extra) for _ in range(2))
     assert len(calls) in range(8, 15) and len(calls) % 2 == 0, "the same steps were left out of both pictures"
-    assert bench.distance([first], [second]) == 0 < bench.distance([first], [plain]) < 60
+    assert distance([first], [second]) == 0 < distance([first], [plain]) < 60
 
 
 def test_fused_qkv_is_exact_only_without_qk_norm():
@@ -273,9 +273,7 @@ def test_fused_qkv_is_exact_only_without_qk_norm():
 
 
 def call(arguments):
-    parser = argparse.ArgumentParser()
-    measure_command.add_parser(parser.add_subparsers(dest="command"))
-    return measure_command.run(parser.parse_args(["measure", *arguments]))
+    return measure.run(measure.parse(arguments))
 
 
 def test_a_row_is_kept_where_eager_after_it_does_not_fit(runner, monkeypatch):
@@ -294,16 +292,12 @@ def test_a_row_is_kept_where_eager_after_it_does_not_fit(runner, monkeypatch):
     assert runner.row("compiled") == {"median": 1.0, "eager": [2.0, 3.0]}
     assert runner.row("compiled") == {"median": 1.0, "eager": [3.0]}, "the moment after a row is that before the next"
     assert runner.row("compiled") == {"median": 1.0, "eager": [4.0, 5.0]}
-    assert report.of_eager({"median": 1.0, "eager": [2.0, 4.0]}) == (1 / 3, 0.25, 0.5)
+    assert of_eager({"median": 1.0, "eager": [2.0, 4.0]}) == (1 / 3, 0.25, 0.5)
 
 
 def test_a_row_of_speed_leaves_the_loaded_pipeline_as_it_was(tmp_path):
     """Two changes that would show: the decoder's memory format, and attention that is used again."""
-    parser = argparse.ArgumentParser()
-    measure_command.add_parser(parser.add_subparsers(dest="command"))
-    options = parser.parse_args(
-        ["measure", "speed", "--model", "nano", "--steps", "2", "--calls", "1", "--warmup", "0"]
-    )
+    options = measure.parse(["speed", "--model", "nano", "--steps", "2", "--calls", "1", "--warmup", "0"])
     made = bench.Bench(options, "nano", str(NANO), "cpu")
     before = made.unchanged()
     # without its instructions a CPU emulates bfloat16, and takes minutes for the same two steps
@@ -312,17 +306,17 @@ def test_a_row_of_speed_leaves_the_loaded_pipeline_as_it_was(tmp_path):
         made.row(name)
     assert made.unchanged() is before and before.transformer.dtype == before.text_encoder_3.dtype == torch.float32
     assert before.vae.decoder.conv_in.weight.is_contiguous()
-    assert bench.distance([made.draw(before, 0)], made.reference()[0]) == 0
+    assert distance([made.draw(before, 0)], made.reference()[0]) == 0
 
 
 @pytest.mark.parametrize("study", ["memory", "speed"])
 def test_random_weights_are_built_once_for_all_rows_and_sizes(tmp_path, monkeypatch, study):
-    built, load = [], bench.load
-    monkeypatch.setattr(bench, "load", lambda *given, **settings: built.append(settings) or load(*given, **settings))
+    built, load = [], tables.load
+    monkeypatch.setattr(tables, "load", lambda *given, **settings: built.append(settings) or load(*given, **settings))
     row = {"memory": "default", "speed": "eager"}[study]
     arguments = [study, "--weights", "random", "--rows", row, "--steps", "1", "--calls", "1", "--warmup", "0"]
     assert call([*arguments, "--size", "64", "128", "--out", str(tmp_path / "out.jsonl")]) == 0
-    assert len(built) == 1 and built[0]["weights"] == "random" and built[0]["device"] == bench.pick_device()
+    assert len(built) == 1 and built[0]["weights"] == "random" and built[0]["device"] == tables.pick_device()
     stored = records.read(tmp_path / "out.jsonl")
     assert [r["size"] for r in stored] == [64, 128] and {r["weights"] for r in stored} == {"random"}
     assert "--size 64 128" in stored[0]["stamp"]["command"]
@@ -369,9 +363,9 @@ def test_the_command_measures_and_resumes(tmp_path, capsys):
     eager, graphs = records.read(path)
     assert eager["n"] == 2 and eager["distance"] == 0 and eager["model"] == "nano" and eager["steps"] == 1
     assert eager["floor"] < eager["median"] < 60 and eager["device_peak"] > eager["stored_bytes"] > 40e6
-    assert len(eager["eager"]) == 2 and 0.2 < report.of_eager(eager)[0] < 5, "eager beside itself is the control"
+    assert len(eager["eager"]) == 2 and 0.2 < of_eager(eager)[0] < 5, "eager beside itself is the control"
     assert set(eager["right"]) == {"share", "low", "high", "n"} and eager["stamp"]["command"].startswith(
-        "sd3kit measure"
+        "python -m studies.measure"
     )
     if not torch.cuda.is_available():
         assert "CUDA" in graphs["raises"]
@@ -412,14 +406,14 @@ def test_wrong_arguments_get_one_sentence(arguments, words):
 def test_a_model_that_cannot_be_had_ends_the_command_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "x.jsonl"
-    assert cli.main(["measure", "memory", "--model", "a/b", "--out", str(out)]) == 2
+    assert measure.main(["memory", "--model", "a/b", "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("sd3kit: a/b ") and not out.exists()
 
 
 def test_nothing_but_the_persons_lines_is_on_the_terminal(tmp_path):
-    arguments = "measure speed --rows eager --steps 1 --calls 1 --warmup 0 --size 64 --out x.jsonl".split()
+    arguments = "speed --rows eager --steps 1 --calls 1 --warmup 0 --size 64 --out x.jsonl".split()
     done = subprocess.run(
-        [sys.executable, "-m", "sd3kit", *arguments],
+        [sys.executable, "-m", "studies.measure", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -433,7 +427,8 @@ def test_nothing_but_the_persons_lines_is_on_the_terminal(tmp_path):
 
 
 def unset_verbosity():
-    return {k: v for k, v in os.environ.items() if "VERBOSITY" not in k and "LOG_LEVEL" not in k}
+    here = {k: v for k, v in os.environ.items() if "VERBOSITY" not in k and "LOG_LEVEL" not in k}
+    return here | {"PYTHONPATH": os.pathsep.join([*filter(None, [here.get("PYTHONPATH")]), str(ROOT)])}
 
 
 def test_every_stored_row_can_be_measured_again():
@@ -443,4 +438,4 @@ def test_every_stored_row_can_be_measured_again():
 
 def test_distance_is_in_levels():
     black, gray = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 10, np.uint8)
-    assert bench.distance([gray], [black]) == 10.0
+    assert distance([gray], [black]) == 10.0

@@ -1,7 +1,7 @@
-"""`sd3kit measure`: the records that lessons 04 and 05 show, made again by one command.
+"""The records that lessons 04 and 05 show, made again by one command, or your machine's rows beside them.
 
-sd3kit measure memory --model nano            every recipe of `sd3kit.measuring.recipes`
-sd3kit measure speed --model medium --weights random --size 512 1024
+python -m studies.measure memory --model nano            every recipe of `sd3kit.measuring.recipes`
+python -m studies.measure speed --model medium --weights random --size 512 1024
 """
 
 import argparse
@@ -11,13 +11,16 @@ import os
 import shlex
 import sys
 
-from ..errors import UserError
-from ..loading.names import MODELS
+from sd3kit.errors import UserError, answer
+from sd3kit.loading.names import MODELS
 
 
-def add_parser(commands) -> None:
-    """Add `measure` to the command line's subparsers."""
-    parser = commands.add_parser("measure", help="measure memory or speed, and store the records of the lessons")
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("study", choices=("memory", "speed"))
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--weights", choices=("trained", "random"), default="trained", help="random needs no download")
@@ -31,10 +34,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(what suits the model)")
     parser.add_argument("--cap-gb", type=float, help="let the process have only so many GiB of a CUDA device")
     parser.add_argument("--out", help="the file of records (the package's own); run again to resume")
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run `sd3kit measure`.
+    """Measure what the options ask for, and print the table.
 
     Returns:
         The exit code. A whole table is a trial: what cannot work on a machine is a result, and the code is 0. Rows that
@@ -54,12 +58,12 @@ def run(options: argparse.Namespace) -> int:
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
-    from .. import records
-    from ..files import check_writable
-    from ..measuring.bench import measured
-    from ..measuring.recipes import RECIPES
-    from ..measuring.report import failure, table
-    from ..measuring.speedups import SPEEDUPS
+    from sd3kit import records
+    from sd3kit.files import check_writable
+    from sd3kit.measuring.recipes import RECIPES
+    from sd3kit.measuring.speedups import SPEEDUPS
+
+    from .tables import failure, measured, table
 
     names = {"memory": RECIPES, "speed": SPEEDUPS}[options.study]
     chosen = list(dict.fromkeys(options.rows or names))
@@ -96,4 +100,13 @@ def command(options: argparse.Namespace) -> str:
         if value is not None:
             words = map(str, value) if isinstance(value, list) else [shlex.quote(str(value))]
             given += [f"--{name.replace('_', '-')}", *words]
-    return " ".join(["sd3kit measure", options.study, *given])
+    return " ".join(["python -m studies.measure", options.study, *given])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return answer(lambda: run(options), "stopped; the same command goes on with the rows that are missing.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

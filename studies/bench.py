@@ -1,34 +1,31 @@
-"""What `sd3kit measure memory` and `speed` do: every recipe and every speed-up by one protocol, into records."""
+"""A recipe or a speed-up of `sd3kit.measuring`, measured by one protocol into a row of the records."""
 
 import argparse
 import contextlib
 import copy
 import gc
 import inspect
-import shutil
-import tempfile
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 import torch._inductor.config
-from diffusers import SD3Transformer2DModel
+import torch.utils.benchmark as benchmark
 from diffusers.training_utils import free_memory
 
-from .. import records
-from ..errors import UserError
-from ..loading import configs
-from ..loading.device import pick_device, pick_dtype
-from ..loading.hub import explain
-from ..loading.names import LoadError, resolve
-from ..loading.pipeline import load, undisturbed
-from . import protocol
-from .account import GIB
-from .plan import ENCODERS
-from .recipes import RECIPES
-from .report import adherence, distance
-from .speedups import INDUCTOR_FLAGS, SAME_WORK, SPEEDUPS, WHOLE
+from sd3kit import records
+from sd3kit.errors import UserError
+from sd3kit.loading.device import pick_dtype
+from sd3kit.loading.pipeline import load, undisturbed
+from sd3kit.measuring import protocol
+from sd3kit.measuring.account import GIB
+from sd3kit.measuring.plan import ENCODERS
+from sd3kit.measuring.recipes import RECIPES
+from sd3kit.measuring.report import distance
+from sd3kit.measuring.speedups import SPEEDUPS
+from sd3kit.recipe.judge import Judge
 
 # One a call, so that ten calls give the times and the share of right pictures too.
 PROMPTS = (
@@ -44,80 +41,67 @@ PROMPTS = (
     "a mushroom on a gray background, flat",
 )
 
-
-def measured(options: argparse.Namespace, chosen: list[str], out: Path, command: str) -> list[dict]:
-    """The rows of the memory or of the speed study, measured here, at each size.
-
-    Raises:
-        LoadError, UserError: the model cannot be loaded or does not draw such a size; before anything is measured.
-    """
-    name, source, device, found = options.model, resolve(options.model), pick_device(), []
-    sizes = options.size or [128 if name.startswith("nano") else 1024]
-    most = largest(name, source, options.weights)
-    if max(sizes) > most:
-        raise UserError(f"--size {max(sizes)} is more than {name} draws: it has places for {most} pixels a side.")
-    with contextlib.ExitStack() as stack:
-        pipe = None
-        if options.weights == "random":
-            pipe = built(options, name, device)
-            if options.study == "memory":  # recipes load from a folder
-                source = stack.enter_context(room(protocol.stored_bytes(*_modules(pipe))))
-                pipe.save_pretrained(source)
-                pipe = None
-                free_memory()
-        bench = Bench(options, name, source, device, pipe)
-        if options.study == "speed":
-            bench.unchanged()
-        for bench.size in sizes:
-            found += records.study(chosen, bench.row, out, bench.identity(), command)
-    return found
+INDUCTOR_FLAGS = (
+    "conv_1x1_as_mm",
+    "coordinate_descent_tuning",
+    "epilogue_fusion",
+    "coordinate_descent_check_all_directions",
+)
+# The same work in other code: a first call must pay for what these gain. Fewer bits are less work only to kernels.
+COMPILED = ("compiled", "compiled_plainly", "compiled_blocks", "cuda_graphs", "fp8_compiled", "int8_compiled", "best",
+            "best_fp8")  # fmt: skip
+SAME_WORK = (*COMPILED, "eager", "channels_last", "cudnn_attention", "flash_attention", "attention_backend")
+WHOLE = ("bfloat16", "fp8_compiled", "best_fp8")  # changes the text encoders too
 
 
-def largest(name: str, source: str, weights: str) -> int:
-    """The pixels a side that a model has positions for.
+def timed(call: Callable[[int], object], *, n: int = 10, warmup: int = 3) -> dict:
+    """Time `call(i)`: `warmup` calls apart, as they may load or compile, and then n calls; the device is waited for.
+
+    Returns:
+        Seconds: `first` (None without warm-up), `median`, `mean` (which the announcement states), `std`, `low`, `high`;
+        and `n`, `warmup`. The clock and the statistics are torch.utils.benchmark's.
 
     Raises:
-        LoadError: the model cannot be reached, or there are no random weights of it.
+        ValueError: fewer than one call, or a negative warm-up.
     """
-    if weights == "random" and name in configs.TRANSFORMER:
-        config = configs.TRANSFORMER[name]
-    elif weights == "random" and name != "nano":
-        raise LoadError(f"random weights are there for nano, {', '.join(configs.TRANSFORMER)} only, not for {name!r}.")
-    else:
-        try:
-            config = SD3Transformer2DModel.load_config(source, subfolder="transformer")
-        except Exception as error:
-            raise LoadError(explain(error, name, source) or f"{name} cannot be read: {error}") from error
-    return 8 * config["patch_size"] * config["pos_embed_max_size"]
+    if n < 1 or warmup < 0:
+        raise ValueError(f"Timing needs n >= 1 and warmup >= 0, not n={n} and warmup={warmup}.")
+
+    def once(i: int) -> float:
+        start = benchmark.timer()
+        call(i)
+        return benchmark.timer() - start
+
+    apart = [once(i) for i in range(warmup)]
+    times = benchmark.Measurement(1, [once(i) for i in range(n)], benchmark.TaskSpec("call", None))
+    return {
+        "first": apart[0] if apart else None,
+        "median": times.median,
+        "mean": times.mean,
+        "std": statistics.stdev(times.times) if n > 1 else 0.0,
+        "low": min(times.times),
+        "high": max(times.times),
+        "n": n,
+        "warmup": warmup,
+    }
 
 
-def built(options: argparse.Namespace, name: str, device: str):
-    """A model of random weights, built on the device itself; where it does not fit there, on the processor."""
-    settings = {"dtype": _dtype(options, name, device), "weights": "random", "quiet": True}
-    try:
-        return load(name, device=device, **settings)
-    except LoadError:
-        if device == "cpu" or options.study == "speed":
-            raise
-    return load(name, device="cpu", **settings)
+def adherence(pictures: list, prompts: tuple[str, ...]) -> dict:
+    """The share of nano's pictures with the subject and the background that were asked for."""
 
-
-@contextlib.contextmanager
-def room(size: int):
-    """A temporary folder for so many bytes: in memory where there is plenty, since a disk is slow to write and read."""
-    memory = Path("/dev/shm") if psutil.virtual_memory().available > 3 * size + 16 * GIB else None
-    memory = memory if memory and memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * size else None
-    with tempfile.TemporaryDirectory(prefix="sd3kit-", dir=memory) as folder:
-        if shutil.disk_usage(folder).free < 1.1 * size:
-            raise UserError(f"random weights are written first: {1.1 * size / GIB:.0f} GiB are needed in {folder}.")
-        yield folder
+    judge, answers = Judge(), []
+    for picture, prompt in zip(pictures, prompts, strict=False):
+        found = judge.subject(picture)
+        words = prompt.split(",")[0].split()
+        answers.append(found is not None and found[0] == words[1] and judge.background(picture) == words[4])
+    return records.share(answers)
 
 
 def versions() -> dict[str, str]:
     return records.versions("torch", "diffusers", "transformers", "bitsandbytes", "torchao")
 
 
-def _dtype(options: argparse.Namespace, name: str, device: str) -> torch.dtype:
+def dtype_of(options: argparse.Namespace, name: str, device: str) -> torch.dtype:
     return getattr(torch, options.dtype) if options.dtype else pick_dtype(name, device)[0]
 
 
@@ -131,7 +115,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, pipe=None):
         self.options, self.name, self.source, self.device = options, name, source, device
         self.size = 128 if name.startswith("nano") else 1024
-        self.dtype = _dtype(options, name, device)
+        self.dtype = dtype_of(options, name, device)
         self.prompts = PROMPTS[: options.calls]
         self.pipe = pipe
         self._references: dict[int, tuple[list, dict]] = {}
@@ -206,7 +190,7 @@ class Bench:
         pipe = self.unchanged() if self.options.study == "speed" else self.make(name)[0]
         self._encoders = protocol.stored_bytes(*(getattr(pipe, part) for part in ENCODERS))
         pictures = [self.draw(pipe, i) for i in range(self.options.calls)]
-        return pictures, protocol.count(lambda: self.draw(pipe, 0), _modules(pipe), self.device)
+        return pictures, protocol.count(lambda: self.draw(pipe, 0), protocol.modules(pipe), self.device)
 
     def _cap(self, gib: float | None) -> None:
         if self.options.cap_gb is not None:
@@ -248,7 +232,7 @@ class Bench:
         # a recipe that encodes the prompts first may have its peak there, in another process even
         loading = max(loading, self._encoders if inputs else 0)
         if inputs or RECIPES[name].without:  # what does less work has a floor of its own
-            counted = protocol.count(lambda: self.draw(pipe, 0, inputs), _modules(pipe), self.device)
+            counted = protocol.count(lambda: self.draw(pipe, 0, inputs), protocol.modules(pipe), self.device)
         figures = self._figures(pipe, inputs, {}, reference, counted) | {"loading_peak": loading}
         figures["device_peak"] = max(figures["device_peak"], loading)
         return figures | ({"encoding": making} if inputs else {})  # of all prompts, with loading, outside the calls
@@ -268,7 +252,7 @@ class Bench:
                 extra = SPEEDUPS[name](pipe) or {}
                 if name not in SAME_WORK:  # what does less work has a floor of its own
                     self.draw(pipe, 0, **extra)  # a cache may learn from a first picture
-                    counted = protocol.count(lambda: self.draw(pipe, 0, **extra), _modules(pipe), self.device)
+                    counted = protocol.count(lambda: self.draw(pipe, 0, **extra), protocol.modules(pipe), self.device)
                 figures = self._figures(pipe, None, extra, reference, counted)
         finally:
             torch.set_float32_matmul_precision(precision)
@@ -281,19 +265,15 @@ class Bench:
             pictures[i] = self.draw(pipe, i, inputs, **extra)
 
         times = protocol.timed(call, n=calls, warmup=self.options.warmup)
-        memory = protocol.peak(lambda: call(0), _modules(pipe), self.device)
+        memory = protocol.peak(lambda: call(0), protocol.modules(pipe), self.device)
         memory.pop("result")
         figures = times | memory | {
             "operations": counted["operations"],
             "bytes": counted["bytes"],
             "floor": protocol.floor(counted, protocol.machine(self.device, pipe.vae.dtype)),
-            "stored_bytes": protocol.stored_bytes(*_modules(pipe)),
+            "stored_bytes": protocol.stored_bytes(*protocol.modules(pipe)),
             "distance": distance([pictures[i] for i in range(calls)], reference[:calls]),
         }  # fmt: skip
         if self.name == "nano":
             figures["right"] = adherence([pictures[i] for i in range(calls)], self.prompts)
         return figures
-
-
-def _modules(pipe) -> list[torch.nn.Module]:
-    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
