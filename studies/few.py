@@ -31,12 +31,6 @@ def ready(model: str) -> tuple:
     return pipe, Judge()
 
 
-def at_steps(pipe, steps: int):
-    """The scheduler that a pipeline wants for so many steps: one level alone cannot be stretched to a last one."""
-    last = None if steps == 1 else pipe.scheduler.config.get("shift_terminal")
-    return type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=last)
-
-
 def spread(pipe, seeds: int = 6, **settings) -> dict[str, dict]:
     """How much pictures of one loose prompt differ: places of the subject (pixels), and the pixels themselves (of 255).
 
@@ -55,7 +49,7 @@ def turbo_row(row: dict, count: int = 45) -> dict:
     """Adherence on held-out prompts of each kind, and the spread over seeds, at so many steps."""
     pipe, judge = ready(row["model"])
     own, settings, found = pipe.scheduler, dict(num_inference_steps=row["steps"], guidance_scale=row["guidance"]), {}
-    pipe.scheduler = at_steps(pipe, row["steps"])
+    pipe.scheduler = turbo.scheduler(pipe, row["steps"], pipe.scheduler.config.get("shift_terminal"))
     try:
         for kind, n in (("single", count), ("sign", count // 3), ("pair", count // 3), ("count", count // 3)):
             asked = ask(kind, n, judge.subjects, True, 15)

@@ -103,7 +103,7 @@ class Study(Records):
 
 
 class Reset:
-    """`sd3kit reset`, and the learner's answers that it must keep."""
+    """`notebooks/reset.py`, and the learner's answers that it must keep."""
 
     def __init__(self, folder):
         self.folder, self.lesson, self.said = folder, folder / "03_flow.ipynb", folder / "said"
@@ -116,8 +116,8 @@ class Reset:
             subprocess.run(["git", *words], cwd=folder, check=True)
 
     def work(self):
+        from notebooks.reset import reset
         from sd3kit import files
-        from sd3kit.command.reset import reset
 
         for _ in range(20):
             files.write_whole(self.lesson, f"answers {time.time_ns()} " * 999)

@@ -65,16 +65,13 @@ def _validate(options: argparse.Namespace) -> list[str]:
             raise UserError(f"a prompt may have {LONGEST} characters, not {len(text)}: shorten {text[:40]!r}...")
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"the prompt {text[:80]!r} holds bytes that are no UTF-8 text: write it again.")
-    if not 1 <= options.count <= 10_000:
-        raise UserError(f"--count must be 1 to 10000, not {options.count}.")
+    for name, most in (("count", 10_000), ("steps", 1000), ("guidance", 20)):
+        if not 1 <= getattr(options, name) <= most:
+            raise UserError(f"--{name} must be 1 to {most}, not {getattr(options, name)}.")
     if len(prompts) * options.count > MOST:
         raise UserError(
             f"a folder may have {MOST} pictures, not {len(prompts) * options.count}: give a smaller --count."
         )
-    if not 1 <= options.steps <= 1000:
-        raise UserError(f"--steps must be 1 to 1000, not {options.steps}.")
-    if not 1 <= options.guidance <= 20:
-        raise UserError(f"--guidance must be 1 to 20, not {options.guidance:g}.")
     if not 0 <= options.seed <= 2**63 - options.count:
         raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, not {options.seed}.")
     source = resolve(options.model)

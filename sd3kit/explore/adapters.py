@@ -129,6 +129,5 @@ class Lora(Explorer):
         return list(self.scales.values())
 
     def draw(self, settings, watch, stop):
-        settings = dict(settings)
         scales = {name: settings.pop(f"scale of {name}") for name in self.scales}
         return lora(self.pipe, scales=scales, watch=watch, stop=stop, **settings)

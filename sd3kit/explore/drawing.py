@@ -20,6 +20,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from ..lesson import show
+from ..loading.names import USUAL
 from ..loading.pipeline import prompt_length
 from .drawn import Drawn
 
@@ -116,7 +117,7 @@ def filled(pipe, prompt: str, given: Mapping[str, Any], **own: Any) -> dict[str,
 
 def own_settings(pipe) -> dict[str, float]:
     """The steps and the guidance that a model is made for, as `sd3kit.load` notes them; else diffusers' defaults."""
-    return getattr(pipe, "own_settings", {"steps": 28, "guidance": 7.0})
+    return getattr(pipe, "own_settings", USUAL)
 
 
 def sizes(pipe) -> tuple[int, int]:

@@ -72,6 +72,5 @@ class Encoders(Explorer):
         return list(boxes.values())
 
     def draw(self, settings, watch, stop):
-        settings = dict(settings)
         keep = "".join(n for n in NAMES if settings.pop(f"encoder {n}"))
         return encoders(self.pipe, keep=keep, watch=watch, stop=stop, **settings)

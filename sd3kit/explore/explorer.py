@@ -123,7 +123,7 @@ class Explorer(Rounds):
     # -- what a subclass gives
 
     def draw(self, settings: dict[str, Any], watch: Watch, stop: threading.Event) -> Drawn:
-        """Draw with the settings; called in the thread."""
+        """Draw with the settings, a copy of its own; called in the thread."""
         raise NotImplementedError
 
     def own(self) -> list:

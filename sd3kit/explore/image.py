@@ -151,7 +151,6 @@ class ImageToImage(Explorer):
         return [ui.row(files), self._before, self.inputs["strength"], self.inputs["mask"]]
 
     def draw(self, settings, watch, stop):
-        settings = dict(settings)
         image, where = self._given(settings.pop("mask"), settings["size"])
         if where is None:
             return image_to_image(self.pipe, image, watch=watch, stop=stop, **settings)

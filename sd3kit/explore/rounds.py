@@ -118,7 +118,7 @@ class Rounds:
                     words = f"Preview of step {step.number} of {step.total}: {job['prompt']}; seed {job['seed']}"
                     self._pictures.value = side_by_side([*figures(made), image_html(look(step.latents), words)])
 
-            drawn = self.draw(job, watch, stop)
+            drawn = self.draw(dict(job), watch, stop)
             with self._showing(stop):
                 made.append(drawn)
                 if not drawn.stopped:

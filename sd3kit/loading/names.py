@@ -11,6 +11,7 @@ from . import configs
 NANO = Path(str(importlib.resources.files("sd3kit"))) / "nano"
 TURBO = NANO.with_name("nano-turbo")  # a LoRA for nano, as diffusers saves one, and the scheduler that it wants
 MODELS = ("nano", "nano-turbo", *configs.HUB)
+USUAL = {"steps": 28, "guidance": 7.0}  # diffusers' defaults
 
 
 class LoadError(UserError):
@@ -53,4 +54,4 @@ def own_settings(model: str | os.PathLike | None = None) -> dict[str, float]:
     """The `steps` and the `guidance` (1 is none) that a model's card asks for, or diffusers' defaults."""
     source = resolve(model)
     name = next((name for name in MODELS if resolve(name) == source), "nano")
-    return dict(zip(("steps", "guidance"), configs.OWN_SETTINGS.get(name, (28, 7.0)), strict=True))
+    return dict(zip(USUAL, configs.OWN_SETTINGS.get(name, USUAL.values()), strict=True))

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from . import scenes
 from .art import CELL, SIZE, Art, cells, draw
-from .text import Text
+from .text import Text, cut
 from .training import own_random
 
 CAPTIONS = 4  # of each scene
@@ -98,5 +98,5 @@ class Pool:
         j = torch.randint(CAPTIONS, (count,), device=self.latents.device)
         ids = [each[i, j].long() for each in (self.clip, self.t5)]
         if self.latents.device.type == "cpu":
-            ids = [each[:, : int((each >= 0).sum(1).max())] for each in ids]
+            ids = cut(ids)
         return Batch(self.latents[i], *ids, self.letters[i])

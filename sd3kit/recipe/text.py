@@ -9,6 +9,7 @@ import random
 import string
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -155,6 +156,11 @@ def t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
         for head, bucket in enumerate((1, 2, 4, 17, 18, 20)):
             bias[bucket, head] += 5
     return model
+
+
+def cut(ids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Ids as `Text.tokens` gives them, each (N, tokens), up to the longest of the N."""
+    return [each[:, : int((each >= 0).sum(1).max())] for each in ids]
 
 
 class Text(torch.nn.Module):

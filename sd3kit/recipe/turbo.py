@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 
 from . import scenes
 from .pool import random_caption
-from .text import Text
+from .text import Text, cut
 from .training import Average, Budget, Guard, cosine, restore_parts, save_parts
 
 RANK = 16
@@ -34,14 +34,14 @@ FULL_FROM = 0.8  # of the time; until then the text is padded to the longest of 
 KINDS = ("single",) * 4 + ("sign",) * 3 + ("pair", "count", "split")
 
 
-def scheduler(pipe: StableDiffusion3Pipeline, steps: int = 4):
+def scheduler(pipe: StableDiffusion3Pipeline, steps: int = 4, last: float | None = LAST):
     """diffusers' scheduler with the student's noise levels.
 
     As SD3 sets it, the last of few steps starts at a level near 0, where nothing is left to do: of four steps one is
-    lost. `shift_terminal` lets it start at `LAST`. One step starts at 1, and cannot be stretched.
+    lost. `shift_terminal` lets it start at `last`. One step starts at 1, and cannot be stretched: NaN.
     """
-    last = None if steps == 1 else LAST
-    return type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=last)
+    terminal = None if steps == 1 else last
+    return type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=terminal)
 
 
 def levels(pipe: StableDiffusion3Pipeline, steps: int, between: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
             asked = [scenes.random_scene(rng, known, rng.choice(KINDS)) for _ in range(batch)]
             ids = text.tokens([random_caption(scene, rng) for scene in asked] + [""] * batch, 77, 40)
             if done < FULL_FROM:
-                ids = [each[:, : int((each >= 0).sum(1).max())] for each in ids]
+                ids = cut(ids)
             with torch.no_grad():
                 both = text.encode(*(each.to(device) for each in ids), torch.ones(2 * batch, 3, device=device))
             captions = [each[:batch] for each in both]

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from notebooks import reset
 from sd3kit import files, teach
 from sd3kit.command import cli
 from sd3kit.loading import pipeline
@@ -225,7 +226,7 @@ def shared(tmp_path_factory):
 def typed(line):
     words = shlex.split(line)
     mains = {"teach": teach.main, "seats": seats.main, "study": study.main}
-    mains |= {"accounting": accounting.main, "measure": measure.main, "recipe": recipe.main}
+    mains |= {"reset": reset.main, "accounting": accounting.main, "measure": measure.main, "recipe": recipe.main}
     main, words = (mains[words[0]], words[1:]) if words[:1] and words[0] in mains else (cli.main, words)
     try:
         return main(words)
@@ -271,14 +272,14 @@ def test_reset_on_a_disk_that_is_full_loses_nothing(number, tmp_path, monkeypatc
     for which in range(4):  # two probes, the copy, the lesson
         writes.clear()
         monkeypatch.setattr(os, "fsync", fails_from(which))
-        assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 2
+        assert reset.main(["03", "--folder", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert "cannot be written" in said and said.count("\n") == 1
         assert lesson.read_text() == "answers" * 9999
     kept = list((tmp_path / "mine").iterdir())
     assert len(kept) == 1 and kept[0].read_text() == "answers" * 9999  # written before the lesson was tried
     monkeypatch.setattr(os, "fsync", good)
-    assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 0
+    assert reset.main(["03", "--folder", str(tmp_path)]) == 0
     assert lesson.read_text() == "published" * 9999
 
 

@@ -9,6 +9,7 @@ import pytest
 import warm
 from PIL import Image
 
+from notebooks import reset
 from sd3kit.command import cli
 from sd3kit.explore import from_png, text_to_image
 
@@ -83,7 +84,7 @@ def test_reset_keeps_every_copy_of_a_lesson(tmp_path, capsys):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     for answer in ("first answers", "second answers"):
         lesson.write_text(answer)
-        assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 0
+        assert reset.main(["03", "--folder", str(tmp_path)]) == 0
         assert lesson.read_text() == "published"
     kept = sorted((tmp_path / "mine").iterdir())
     assert [path.read_text() for path in kept] == ["first answers", "second answers"]
@@ -101,7 +102,7 @@ def test_reset_takes_the_upstreams_lesson_rather_than_committed_answers(tmp_path
     lesson = tmp_path / "to" / "03_flow.ipynb"
     lesson.write_text("answers")
     git("commit", "-qam", "mine", folder=tmp_path / "to")
-    assert cli.main(["reset", "03", "--folder", str(tmp_path / "to")]) == 0
+    assert reset.main(["03", "--folder", str(tmp_path / "to")]) == 0
     assert lesson.read_text() == "published"
     assert (tmp_path / "to" / "mine" / "03_flow-1.ipynb").read_text() == "answers"
 
@@ -115,7 +116,7 @@ def test_reset_puts_the_working_copy_back_without_outputs(tmp_path):
     working.parent.mkdir()
     working.write_text("answers")
     published = lesson.read_bytes()
-    assert cli.main(["reset", "03", "--folder", str(tmp_path)]) == 0
+    assert reset.main(["03", "--folder", str(tmp_path)]) == 0
     assert lesson.read_bytes() == published
     assert json.loads(working.read_text())["cells"] == [cell | {"outputs": [], "execution_count": None}]
     assert (working.parent / "03_flow-1.ipynb").read_text() == "answers"
@@ -127,7 +128,7 @@ def test_reset_puts_the_working_copy_back_without_outputs(tmp_path):
 )
 def test_reset_changes_nothing_where_it_cannot(lesson, words, tmp_path, capsys):
     (tmp_path / "03_flow.ipynb").write_text("answers")
-    assert cli.main(["reset", lesson, "--folder", str(tmp_path)]) == 2
+    assert reset.main([lesson, "--folder", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
     assert (tmp_path / "03_flow.ipynb").read_text() == "answers" and not (tmp_path / "mine").exists()
 

@@ -1,13 +1,18 @@
-"""`sd3kit reset`: a lesson as it was published, and the learner's own copy kept beside it."""
+"""`python notebooks/reset.py 03`: a lesson as it was published, and the learner's own copy kept beside it.
 
+It works in a git checkout alone, and so is no part of the package.
+"""
+
+import argparse
 import itertools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
-from .. import files
-from ..errors import UserError
+from sd3kit import files
+from sd3kit.errors import UserError, answer
 
 KEPT = "mine"  # the folder of the learner's copies, beside the lessons: those that `make lab` opens, and kept ones
 
@@ -71,3 +76,22 @@ def _without_outputs(notebook: bytes) -> bytes:
         if cell["cell_type"] == "code":
             cell |= {"outputs": [], "execution_count": None}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python notebooks/reset.py", description=__doc__.splitlines()[0])
+    parser.add_argument("lesson", help="how its name begins, such as 03")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parent, help="where the lessons are (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        lesson, copy = reset(options.lesson, options.folder)
+        print(f"{lesson} is as it was published; yours is {copy}")
+
+    return answer(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
