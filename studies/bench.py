@@ -217,9 +217,7 @@ class Bench:
     def _eager(self) -> float:
         torch._dynamo.reset()
         free_memory()
-        return protocol.timed(lambda i: self.draw(self.unchanged(), i), n=min(3, self.options.calls), warmup=1)[
-            "median"
-        ]
+        return timed(lambda i: self.draw(self.unchanged(), i), n=min(3, self.options.calls), warmup=1)["median"]
 
     def _memory(self, name: str, reference: list, counted: dict) -> dict:
         free_memory()
@@ -264,7 +262,7 @@ class Bench:
         def call(i: int) -> None:
             pictures[i] = self.draw(pipe, i, inputs, **extra)
 
-        times = protocol.timed(call, n=calls, warmup=self.options.warmup)
+        times = timed(call, n=calls, warmup=self.options.warmup)
         memory = protocol.peak(lambda: call(0), protocol.modules(pipe), self.device)
         memory.pop("result")
         figures = times | memory | {
