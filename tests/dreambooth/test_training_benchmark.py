@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import warm
 from runs import one_sentence
 
 from sd3kit import records
@@ -36,6 +37,7 @@ def test_every_row_has_its_time_peak_and_loss_or_says_why_not(tmp_path, capsys, 
         "assert len(pictures) == 8 and '--precondition_outputs=0' in sys.argv\nsys.exit(main())\n"
     )
     out = tmp_path / "records.jsonl"
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: warm.run(*command[2:]))  # forked, not started
     options = ["--steps=4", "--resolution=64", f"--out={out}", "--weights=random", f"--script={script}", "--sets"]
     assert benchmark.main([*options, "equal"]) == 0
     ours, theirs = records.read(out)
