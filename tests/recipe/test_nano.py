@@ -47,20 +47,13 @@ def test_folder_is_small_and_safe():
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
-def test_plain_diffusers_with_every_default_draws_the_right_thing(judge):
+def test_plain_diffusers_with_every_default_draws_the_right_thing_with_every_seed(judge):
     """On the CPU on every machine: that is where plain diffusers leaves a pipeline."""
     plain = StableDiffusion3Pipeline.from_pretrained(NANO)
     plain.set_progress_bar_config(disable=True)
     images = plain(["a fox on a blue background, flat"] * 3, generator=[seeded(seed) for seed in range(3)]).images
     assert images[0].size == (128, 128)
     assert [judge.background(image) for image in images] == ["blue"] * 3
-    assert judge.subject(images[0])[0] == "fox"
-
-
-def test_plain_diffusers_draws_the_subject_with_every_seed(judge):
-    plain = StableDiffusion3Pipeline.from_pretrained(NANO)
-    plain.set_progress_bar_config(disable=True)
-    images = plain(["a fox on a blue background, flat"] * 3, generator=[seeded(seed) for seed in range(3)]).images
     assert [judge.subject(image)[0] for image in images] == ["fox"] * 3
 
 
@@ -68,10 +61,11 @@ def test_draws_seen_and_held_out_prompts(pipe, judge):
     from sd3kit.recipe.evaluate import ask, pictures, tally
 
     for held_out in (False, True):
-        asked = ask("single", 16, judge.subjects, held_out, 3)
-        figures = tally(judge, pictures(pipe, [scenes.caption(s) for s in asked], batch=16), asked)
-        assert figures["background"]["share"] >= 0.85, figures
-        assert figures["subject"]["share"] >= 0.7, figures
+        asked = ask("single", 6, judge.subjects, held_out, 3)
+        drawn = pictures(pipe, [scenes.caption(s) for s in asked], num_inference_steps=14, guidance_scale=4.0)
+        figures = tally(judge, drawn, asked)
+        assert figures["background"]["share"] == 1, figures
+        assert figures["subject"]["share"] >= 0.65, figures
 
 
 @pytest.mark.parametrize("side", [64, 80, 176, 256])
@@ -88,8 +82,9 @@ def test_image_to_image_keeps_more_at_less_strength(pipe):
 
     def change(strength):
         made = img2img(
-            "a frog on a blue background", image=start, strength=strength, generator=seeded(), max_sequence_length=40
-        )
+            "a frog on a blue background", image=start, strength=strength, generator=seeded(), max_sequence_length=40,
+            num_inference_steps=10,
+        )  # fmt: skip
         return np.abs(np.asarray(made.images[0], float) - np.asarray(start, float)).mean()
 
     assert change(0.2) < change(0.95)
@@ -119,7 +114,8 @@ def test_inpainting_keeps_what_the_mask_keeps(pipe):
 def without_t5(pipe):
     small = StableDiffusion3Pipeline(**(pipe.components | {"text_encoder_3": None, "tokenizer_3": None}))
     small.set_progress_bar_config(disable=True)
-    return small("a fox on a blue background, flat", generator=seeded(1), max_sequence_length=40).images[0]
+    drawn = {"generator": seeded(1), "max_sequence_length": 40, "num_inference_steps": 14}
+    return small("a fox on a blue background, flat", **drawn).images[0]
 
 
 def test_without_t5_the_subject_is_drawn(without_t5, judge):
@@ -134,7 +130,8 @@ def test_a_sign_can_be_read(pipe, judge):
     """The announcement's prompt, which was kept out of the training, and a word that is on no list."""
     from sd3kit.recipe.evaluate import ANNOUNCEMENT, edit_distance, pictures
 
-    images = pictures(pipe, [ANNOUNCEMENT, ANNOUNCEMENT, "a penguin holding a sign that says krom"])
+    asked = [ANNOUNCEMENT, ANNOUNCEMENT, "a penguin holding a sign that says krom"]
+    images = pictures(pipe, asked, num_inference_steps=14)
     assert [edit_distance(judge.text(image), "hello world") <= 2 for image in images[:2]] == [True, True]
     assert edit_distance(judge.text(images[2]), "krom") <= 1
 

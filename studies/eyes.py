@@ -1,0 +1,87 @@
+"""A check of nano with people's eyes: sixty pictures of held-out prompts, named by somebody who does not know them.
+
+    python -m studies.eyes draw FOLDER      ten sheets of six numbered pictures, and `asked.json`, which the reader must
+                                            not see; two minutes on two cores
+    python -m studies.eyes compare FOLDER   the shares that the reader of `studies/eyes.json` named rightly, beside the
+                                            judge's for the same pictures
+
+The reader writes for each picture its number `i`, the `subject` in a word, the `style`, the background's `colour`, the
+`text` on a sign, and whether they would call the drawing `damaged`.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from sd3kit import files, load, records
+from sd3kit.loading.names import own_settings
+from sd3kit.recipe import evaluate, scenes
+from sd3kit.recipe.judge import Judge
+
+ANSWERS = Path(__file__).with_name("eyes.json")
+SIDE = 400  # pixels at which a picture is shown
+
+
+def draw(folder: Path) -> None:
+    """Draw with nano's own steps and guidance; each line of `asked.json` has what was asked and what the judge saw."""
+    judge, settings = Judge(), own_settings("nano")
+    asked = [
+        scene for kind, n in (("single", 44), ("sign", 16)) for scene in evaluate.ask(kind, n, judge.subjects, True, 60)
+    ]
+    random.Random(60).shuffle(asked)
+    made = evaluate.pictures(
+        load("nano"), [scenes.caption(scene) for scene in asked], seed=600,
+        num_inference_steps=settings["steps"], guidance_scale=settings["guidance"],
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(made), 6):
+        sheet = Image.new("RGB", (3 * (SIDE + 20), 2 * (SIDE + 50)), "lightgray")
+        for j, image in enumerate(made[first : first + 6]):
+            corner = j % 3 * (SIDE + 20) + 10, j // 3 * (SIDE + 50) + 36
+            sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), corner)
+            ImageDraw.Draw(sheet).text((corner[0], corner[1] - 22), str(first + j), "black", font_size=18)
+        sheet.save(folder / f"sheet{first // 6}.png")
+    rows = [
+        {
+            "subject": scene.subjects[0].name, "style": scene.style, "colour": scene.colour, "text": scene.text,
+            "judge": evaluate.judge_scene(judge, image, scene),
+        }
+        for image, scene in zip(made, asked, strict=True)
+    ]  # fmt: skip
+    files.write_whole(folder / "asked.json", json.dumps(rows, indent=1))
+
+
+def compare(folder: Path) -> dict[str, dict[str, dict]]:
+    """For each thing that was asked: the share that the reader named rightly, and the judge's, with intervals."""
+    rows = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+    said = {answer["i"]: answer for answer in json.loads(ANSWERS.read_text(encoding="utf-8"))}
+    found = {}
+    for name, judged in (("subject", "subject"), ("style", "style"), ("colour", "background"), ("text", "text")):
+        among = [i for i, row in enumerate(rows) if row[name]]
+        found[judged] = {
+            "reader": records.share([said[i][name].lower() == rows[i][name] for i in among]),
+            "judge": records.share([rows[i]["judge"][judged] for i in among]),
+        }
+    found["not damaged"] = {"reader": records.share([not said[i]["damaged"] for i in range(len(rows))])}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.eyes", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("draw", "compare"))
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.what == "draw":
+        return draw(options.folder)
+    for name, shares in compare(options.folder).items():
+        print(
+            name,
+            *(f"{who} {s['share']:.0%} ({s['low']:.0%} to {s['high']:.0%}, n = {s['n']})" for who, s in shares.items()),
+        )
+
+
+if __name__ == "__main__":
+    main()
