@@ -229,10 +229,10 @@ def polish(
 
 
 @torch.no_grad()
-def finish(vae: AutoencoderKL, art: Art, out: Path) -> AutoencoderKL:
-    """Measure the scaling factor on pictures of all kinds, and save."""
+def finish(vae: AutoencoderKL, art: Art, out: Path, count: int = 256) -> AutoencoderKL:
+    """Measure the scaling factor on so many pictures of all kinds, and save."""
     rng = random.Random(1)
-    pictures = to_tensor([random_picture(art, rng) for _ in range(256)])
+    pictures = to_tensor([random_picture(art, rng) for _ in range(count)])
     latents = torch.cat([vae.encode(x).latent_dist.mode() for x in pictures.split(32)])
     print(f"latents: mean {latents.mean():.3f}, deviation {latents.std():.3f}; {psnr(vae, pictures).mean():.2f} dB")
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))

@@ -410,6 +410,7 @@ def test_a_model_that_cannot_be_had_ends_the_command_at_once(tmp_path, capsys, m
     assert capsys.readouterr().err.startswith("sd3kit: a/b ") and not out.exists()
 
 
+@pytest.mark.night  # a true process; by day the command line's own test is one
 def test_nothing_but_the_persons_lines_is_on_the_terminal(tmp_path):
     arguments = "speed --rows eager --steps 1 --calls 1 --warmup 0 --size 64 --out x.jsonl".split()
     done = subprocess.run(

@@ -15,7 +15,7 @@ def render(asked, art, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_renders_and_is_not_fooled_by_shuffled_prompts(kind, judge, art, rng):
-    asked = ask(kind, 20, judge.subjects, False, 1)
+    asked = ask(kind, 12, judge.subjects, False, 1)
     pictures = render(asked, art, rng)
     right = tally(judge, pictures, asked)
     assert all(figure["share"] >= 0.95 for figure in right.values()), right

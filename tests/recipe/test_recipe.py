@@ -1,7 +1,9 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
+import functools
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -11,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
 from sd3kit.recipe import art as art_module
-from sd3kit.recipe import autoencoder, evaluate, flow, reading, scenes, text, training, turbo
+from sd3kit.recipe import autoencoder, evaluate, flow, pool, reading, scenes, text, training, turbo
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -98,6 +100,13 @@ def vae(tmp_path):
     return AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Pools that begin with a few scenes, in place of hundreds."""
+    monkeypatch.setattr(pool.Pool, "renew", lambda self, times=1, renew=pool.Pool.renew: renew(self, min(times, 2)))
+
+
+@pytest.mark.usefixtures("few_scenes")
 def test_the_recipe_learns_continues_and_saves_a_pipeline(art, vae, device, tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4), flow.Part(("sign",), 4)))
     read = text.Text(tmp_path)
@@ -133,6 +142,7 @@ def test_a_start_that_is_no_pipeline_is_refused(tmp_path, capsys):
     assert "no pipeline's folder" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few_scenes")
 def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, device, tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "SUBJECTS", scenes.SUBJECTS[:4])
 
@@ -164,9 +174,13 @@ def test_each_letter_of_a_sign_is_told_its_cell(tmp_path):
     assert {(5 + c // 8, c % 8) for _, c in written[0].nonzero().tolist()} == set(art_module.cells("hello world"))
 
 
-def test_the_autoencoder_learns_and_continues(art, device, tmp_path):
-    autoencoder.train(art, tmp_path, 0.05, device=device, batch=4)
-    vae = autoencoder.train(art, tmp_path, 0.1, device=device, batch=4)
+def test_the_autoencoder_learns_and_continues(art, device, tmp_path, monkeypatch):
+    """With sixteen pictures that come again, in place of the hundreds that it draws."""
+    drawn = [autoencoder.random_picture(art, random.Random(n)) for n in range(16)]
+    monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: rng.choice(drawn))
+    monkeypatch.setattr(autoencoder, "finish", functools.partial(autoencoder.finish, count=16))
+    autoencoder.train(art, tmp_path, 0.02, device=device, batch=4)
+    vae = autoencoder.train(art, tmp_path, 0.04, device=device, batch=4)
     stored = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert stored.config.scaling_factor == vae.config.scaling_factor > 0
 
@@ -191,8 +205,10 @@ def test_the_model_card_shows_the_stored_record():
     assert shown == evaluate.markdown(json.loads(command.RECORD.read_text(encoding="utf-8")))
 
 
-def test_evaluate_measures_every_figure(pipe, judge, art):
-    record = evaluate.evaluate(pipe, judge, count=4, art=art, num_inference_steps=4)
+def test_evaluate_measures_every_figure(pipe, judge, art, monkeypatch):
+    timed = functools.partial(evaluate.seconds, calls=1, num_inference_steps=2)
+    monkeypatch.setattr(evaluate, "seconds", timed)
+    record = evaluate.evaluate(pipe, judge, count=4, art=art, num_inference_steps=2)
     assert len(record["figures"]) == 10 and list(record["guidance"]) == ["1", "2", "3", "4.5", "7", "10"]
     for figures in record["figures"].values():
         assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
