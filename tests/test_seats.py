@@ -11,6 +11,7 @@ from sd3kit import records
 from studies import seats
 
 
+@pytest.mark.night  # two kernels with libraries of their own
 def test_two_learners_draw_at_once(tmp_path, capsys):
     out = tmp_path / "seats.jsonl"
     assert seats.main(["--learners", "2", "--pictures", "1", "--model", "nano", "--out", str(out)]) == 0
