@@ -150,6 +150,7 @@ def test_evaluate(pipe, art):
 def small(monkeypatch, tmp_path):
     """The recipe's autoencoder and texts, few subjects, and batches and pools as small as they can be."""
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single", "sign"), 1),))
+    monkeypatch.setattr(flow, "SPREAD", 2)
     monkeypatch.setattr(scenes, "SUBJECTS", scenes.SUBJECTS[:4])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)  # one process draws, as on a GPU
     monkeypatch.setattr(pool.Pool, "renew", lambda self, times=1, renew=pool.Pool.renew: renew(self, 1))
