@@ -52,7 +52,7 @@ def grid(
         images: at least one.
         columns: how many to a row; None puts all in one row, eight at most.
         labels: one for each image.
-        title: a line above the grid: what it shows.
+        title: above the grid: what it shows; a long one takes two lines.
         alt: the alternative text; title and labels where it is empty.
         side: pixels of each image, the longer edge.
 
@@ -66,17 +66,20 @@ def grid(
     if len(labels) != len(images):
         raise ValueError(f"A grid needs one label for each image, not {len(labels)} labels for {len(images)} images.")
     columns = columns or min(len(images), 8)
-    font, heading, gap = ImageFont.load_default(14), ImageFont.load_default(15), 8
-    lines = [_wrap(label, font, side) for label in labels]
-    head = 28 if title else gap
+    gap = 8
+    width = columns * (side + gap) + gap
+    tall = max(14, round(width / 52))  # letters: at least 7 pixels where the sheet is shown 400 wide
+    font, heading = ImageFont.load_default(tall), ImageFont.load_default(tall + 1)
+    width = max(width, min(round(heading.getlength(title)) + 2 * gap, 480))
+    lines, titles = [_wrap(label, font, side) for label in labels], _wrap(title, heading, width - 2 * gap)
+    head = 9 + (tall + 5) * len(titles) if title else gap
     heights = []  # of each row, with the most lines of its labels
     for start in range(0, len(images), columns):
         most = max(map(len, lines[start : start + columns]))
-        heights.append(side + gap + 18 * most + (4 if any(labels) else 0))
-    width = max(columns * (side + gap) + gap, round(heading.getlength(title)) + 2 * gap if title else 0)
+        heights.append(side + gap + (tall + 4) * most + (4 if any(labels) else 0))
     sheet = Image.new("RGB", (width, head + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 6), title, font=heading, fill="black")
+    draw.multiline_text((gap, 6), "\n".join(titles), font=heading, fill="black", spacing=4)
     for i, (image, label) in enumerate(zip(images, lines, strict=True)):
         x, y = gap + i % columns * (side + gap), head + sum(heights[: i // columns])
         scale = side / max(image.size)
@@ -85,7 +88,7 @@ def grid(
         method = Image.Resampling.NEAREST if scale >= 1 and float(scale).is_integer() else Image.Resampling.LANCZOS
         sheet.paste(image.convert("RGB").resize(size, method), (x, y))
         for row, line in enumerate(label):
-            draw.text((x, y + side + 3 + 18 * row), line, font=font, fill="black")
+            draw.text((x, y + side + 3 + (tall + 4) * row), line, font=font, fill="black")
     described = alt or ". ".join(part for part in (title, "; ".join(filter(None, labels))) if part)
     return Picture(sheet, described)
 

@@ -18,6 +18,14 @@ def test_grid_keeps_the_order_and_describes_itself():
     assert across == [(0, 0, 0), (20, 0, 0), (40, 0, 0)]
 
 
+def test_a_wide_sheet_has_larger_letters_and_a_long_title_wraps():
+    """Both must be readable where a sheet is shown 400 pixels wide."""
+    row = lambda n, title="": show.grid(images(n), labels=["a"] * n, title=title, side=128).image  # noqa: E731
+    assert row(3).height < row(7).height, "the letters under seven pictures are larger"
+    long = row(3, "a finding " * 12)
+    assert long.width <= 480 and long.height > row(3, "a finding").height
+
+
 def test_alt_text_is_escaped():
     html = show.grid(images(1), alt='a "<b>"')._repr_html_()
     assert 'alt="a &quot;&lt;b&gt;&quot;"' in html
