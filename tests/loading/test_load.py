@@ -81,42 +81,19 @@ def test_nano_turbo_is_nano_with_its_lora_fused(turbo, pipe, judge):
 def test_a_missing_or_damaged_adapter_is_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(names, "TURBO", tmp_path)
     monkeypatch.setattr(pipeline, "TURBO", tmp_path)
-    with pytest.raises(sd3kit.LoadError, match=r"of nano-turbo is missing: .*`python -m sd3kit\.recipe turbo`"):
+    with pytest.raises(sd3kit.LoadError, match=r"cannot be loaded \(OSError\): install sd3kit again"):
         sd3kit.load("nano-turbo")
     shutil.copytree(TURBO, tmp_path, dirs_exist_ok=True)
     (tmp_path / pipeline.LORA).write_bytes(b"no weights")
-    with pytest.raises(sd3kit.LoadError, match=r"cannot be loaded \(SafetensorError\)"):
+    with pytest.raises(sd3kit.LoadError, match=rf"{pipeline.LORA} is damaged .*: install sd3kit again"):
         sd3kit.load("nano-turbo")
 
 
-def copy_of_nano(folder):
-    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    return folder
-
-
-def test_a_saved_folder_loads(tmp_path):
-    assert type(sd3kit.load(copy_of_nano(tmp_path / "mine"), quiet=True)) is StableDiffusion3Pipeline
-
-
-@pytest.mark.parametrize("keep", [0, 1000])
-def test_a_damaged_weights_file(tmp_path, keep):
-    file = copy_of_nano(tmp_path / "mine") / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(sd3kit.LoadError, match="damaged"):
-        sd3kit.load(tmp_path / "mine")
-
-
-def test_a_missing_file(tmp_path):
-    (copy_of_nano(tmp_path / "mine") / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(sd3kit.LoadError, match="is missing"):
-        sd3kit.load(tmp_path / "mine")
-
-
 def test_a_pickle_is_never_opened(tmp_path):
-    vae = copy_of_nano(tmp_path / "mine") / "vae"
+    vae = shutil.copytree(NANO, tmp_path / "mine") / "vae"
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, vae / "diffusion_pytorch_model.bin")
-    with pytest.raises(sd3kit.LoadError, match="is missing"):
+    with pytest.raises(sd3kit.LoadError, match=r"no file named diffusion_pytorch_model\.safetensors"):
         sd3kit.load(tmp_path / "mine")
 
 
