@@ -5,18 +5,18 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError
 
 LOCK = ".sd3kit.lock"  # lies in a folder that is written into; the lock is the system's, the file alone means nothing
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space",
-    getattr(errno, "EDQUOT", None): "your share of the disk is used up; free some space",
     errno.EROFS: "the disk is read-only; give another place",
     errno.EACCES: "there is no permission; give another place, or change the folder's permissions",
-    errno.EPERM: "there is no permission; give another place, or change the folder's permissions",
     errno.ENAMETOOLONG: "its name is too long; give a shorter one",
     errno.ENOENT: "the folder is not there; make it first, or give another place",
     errno.ENOTDIR: "a file is where its folder should be; give another place",
@@ -47,17 +47,14 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     data = data.encode("utf-8", errors="surrogateescape") if isinstance(data, str) else data
     part = None
     try:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        if _is_device(path):
             with open(path, "wb") as file:
                 file.write(data)
             return
         place = _place(path)
-        name = place.with_name(f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part")
-        with open(name, "xb") as file:
-            part = name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part = place.with_name(f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part")
+        with open(part, "xb") as file:
+            _to_disk(file, data)
         if place.exists():
             shutil.copymode(place, part)
         os.replace(part, place)
@@ -83,27 +80,15 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
     if not os.fspath(path):
         raise UserError("the name of the place to write to is empty: give one.")
     try:
-        if folder:
-            place = Path(os.path.realpath(path))
-            missing = []
-            while not os.path.lexists(place):
-                missing.append(place.name)
-                place = place.parent
-            for name in missing:
-                with contextlib.suppress(FileNotFoundError):
-                    os.lstat(place / name)  # tells of a name that is too long
-        else:
-            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-                return
-            place = _place(path).parent
-        probe = place / f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part"
-        try:
-            with open(probe, "xb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        if _is_device(path):
+            return
+        place = Path(os.path.realpath(path)) if folder else _place(path).parent
+        while not os.path.lexists(place):
+            place, name = place.parent, place.name
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(place / name)  # tells of a name that is too long
+        with tempfile.TemporaryFile(dir=place, prefix=".sd3kit-") as file:
+            _to_disk(file, bytes(4096))
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from error
 
@@ -125,16 +110,16 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     check_writable(folder, folder=True)
+    held = FileLock(os.path.join(folder, LOCK), timeout=0)
     try:
         os.makedirs(folder, exist_ok=True)
-        held = FileLock(os.path.join(folder, LOCK), timeout=0)
         held.acquire()
+    except Timeout:
+        where = os.fspath(folder)
+        raise UserError(
+            f"another command is writing into {where!r}: wait until it has ended, or give another folder."
+        ) from None
     except OSError as error:
-        if isinstance(error, Timeout):
-            raise UserError(
-                f"another command is writing into {os.fspath(folder)!r}: wait until it has ended, or give another "
-                "folder."
-            ) from None
         raise unwritable(folder, error) from error
     try:
         yield
@@ -154,3 +139,13 @@ def _place(path: str | os.PathLike) -> Path:
     if not place.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     return place
+
+
+def _is_device(path: str | os.PathLike) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def _to_disk(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
