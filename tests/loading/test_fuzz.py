@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as some  # noqa: E402
 
-from sd3kit import explore, pictures, records, teach  # noqa: E402
-from sd3kit.command import generate  # noqa: E402
+from notebooks import strip  # noqa: E402
+from sd3kit import explore, pictures, records  # noqa: E402
 from sd3kit.dreambooth import Settings, data, settings, subject  # noqa: E402
 from sd3kit.errors import UserError  # noqa: E402
 from sd3kit.loading import parts  # noqa: E402
@@ -50,9 +50,6 @@ def test_files_of_json(tmp_path_factory, data):
     file.write_bytes(data)
     found = or_one_sentence(lambda: parts.read_json(file))
     assert found is None or isinstance(found, dict)
-    stored = or_one_sentence(lambda: generate._stored(file))
-    assert stored is None or isinstance(stored, dict)
-    assert all(isinstance(row["file_name"], str) for row in generate._rows(file))
 
 
 @fuzz
@@ -82,7 +79,7 @@ def test_a_notebook(tmp_path_factory, value):
     folder = tmp_path_factory.getbasetemp() / "notebooks"
     folder.mkdir(exist_ok=True)
     (folder / "a.ipynb").write_text(json.dumps({"cells": value, "metadata": {}}))
-    or_one_sentence(lambda: teach.strip(folder, folder / "out"))
+    or_one_sentence(lambda: strip.strip(folder, folder / "out"))
 
 
 def png(text: str) -> bytes:
