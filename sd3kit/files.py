@@ -21,7 +21,7 @@ _REASONS = {
     errno.ENOENT: "the folder is not there; make it first, or give another place",
     errno.ENOTDIR: "a file is where its folder should be; give another place",
     errno.EEXIST: "a file is where its folder should be; give another place",
-    errno.EISDIR: "it is a folder; give the name of a file",
+    errno.EISDIR: "it is a folder or a device; give the name of a file",
     errno.ELOOP: "its links lead in a circle; give another place",
 }
 
@@ -38,8 +38,7 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a file that is there whole or, after an error or a kill, as it was before.
 
     It is written beside its place, brought to the disk and moved over the old one, whose permissions it takes; a link
-    is followed. Text is written in UTF-8, its line ends as they are. What is no plain file, such as /dev/stdout, is
-    written straight.
+    is followed. Text is written in UTF-8, its line ends as they are.
 
     Raises:
         UserError: it cannot be written, and why, in one sentence.
@@ -47,10 +46,6 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     data = data.encode("utf-8", errors="surrogateescape") if isinstance(data, str) else data
     part = None
     try:
-        if _is_device(path):
-            with open(path, "wb") as file:
-                file.write(data)
-            return
         place = _place(path)
         part = place.with_name(f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part")
         with open(part, "xb") as file:
@@ -80,8 +75,6 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
     if not os.fspath(path):
         raise UserError("the name of the place to write to is empty: give one.")
     try:
-        if _is_device(path):
-            return
         place = Path(os.path.realpath(path)) if folder else _place(path).parent
         while not os.path.lexists(place):
             place, name = place.parent, place.name
@@ -130,7 +123,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
 def _place(path: str | os.PathLike) -> Path:
     """Where a file really goes, links followed; an error of the system's where no file can be."""
     place = Path(os.path.realpath(path))
-    if place.is_dir() or os.fspath(path).endswith(os.sep):
+    if (place.exists() and not place.is_file()) or os.fspath(path).endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     with contextlib.suppress(FileNotFoundError):
         os.lstat(place)  # tells of a name that is too long, and of a file among the folders
@@ -139,10 +132,6 @@ def _place(path: str | os.PathLike) -> Path:
     if not place.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     return place
-
-
-def _is_device(path: str | os.PathLike) -> bool:
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _to_disk(file: IO[bytes], data: bytes) -> None:

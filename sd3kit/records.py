@@ -1,13 +1,11 @@
 """How a figure is kept: its interval, the stamp that says where it came from, and files of JSON lines that resume."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from tqdm.auto import tqdm
 from .errors import UserError
 from .files import check_writable, unwritable, write_whole
 from .loading.device import processes
-from .loading.names import NANO
 
 RESULTS = Path(__file__).parent / "results"  # the records that the lessons draw
 
@@ -41,22 +38,6 @@ def share(answers: Sequence[bool]) -> dict:
     right, total = sum(map(bool, answers)), len(answers)
     low, high = wilson(right, total)
     return {"share": right / total, "low": low, "high": high, "n": total}
-
-
-def mean(values: Sequence[float]) -> dict:
-    """A record of a mean: its value, its 95% interval (normal, of the mean) and how many values there were."""
-    centre = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return {"mean": centre, "low": centre - half, "high": centre + half, "n": len(values)}
-
-
-def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
-    """Twelve digits that tell these parts' weights from any others; by default those of all parts."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        for path in sorted((folder / part).rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def versions(*packages: str) -> dict[str, str]:

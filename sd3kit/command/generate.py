@@ -34,8 +34,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (%(default)s)")
-    parser.add_argument("--steps", type=int, help="1 to 1000 (what the model is made for: 28, of nano-turbo 4)")
-    parser.add_argument("--guidance", type=float, help="1 to 20; 1 is none (the model's own: 7, of nano-turbo 1)")
+    parser.add_argument("--steps", type=int, help="1 to 1000 (what the model is made for: nano 28, nano-turbo 4)")
+    parser.add_argument("--guidance", type=float, help="1 to 20; 1 is none (the model's own: nano 4, nano-turbo 1)")
     parser.add_argument("--size", type=int, help="pixels of each side, divisible by 16 (the model's own)")
 
 

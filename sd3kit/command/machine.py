@@ -16,16 +16,13 @@ from ..loading.names import MODELS, resolve
 
 
 def check() -> None:
-    print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
     device, memory = pick_device(), psutil.virtual_memory().total / 2**30
+    what = "Apple's GPU, sharing its memory" if device == "mps" else f"no GPU, a processor of {os.cpu_count()} cores"
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        print(f"GPU: {properties.name}, {memory:.1f} GiB")
-    elif device == "mps":
-        print(f"GPU: Apple, sharing {memory:.0f} GiB with the processor")
-    else:
-        print(f"GPU: none; processor with {os.cpu_count()} cores, {memory:.0f} GiB of memory")
+        what, memory = properties.name, properties.total_memory / 2**30
+    print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
+    print(f"{what}, {memory:.1f} GiB of memory")
     with contextlib.suppress(OSError, RuntimeError):  # there may be no home
         print(f"free disk in the home folder: {shutil.disk_usage(Path.home()).free / 2**30:.0f} GiB")
     for name in MODELS:

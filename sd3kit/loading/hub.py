@@ -13,11 +13,10 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .names import LoadError
 
-T = TypeVar("T")
 PATIENCE = 15.0  # seconds for the first answers; what is downloaded after them shows its progress
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -89,7 +88,7 @@ def _first_answers(source: str, small: str, options: dict) -> None:
     hf_hub_download(source, small, **options)
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], Any]) -> Any:
     """The result of `work`, which is left behind in its thread if it takes longer.
 
     Raises:

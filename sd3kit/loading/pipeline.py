@@ -116,6 +116,8 @@ def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: di
             if not local:
                 folder = hub.folder(name, source, variant, given, **options)
             loaded = {} if theirs else parts.load(folder, given, variant, dtype)
+            for part in parts.index(folder).keys() - given if theirs else ():
+                parts.look(folder / part)
             pipe = StableDiffusion3Pipeline.from_pretrained(
                 folder, dtype=dtype, variant=variant, use_safetensors=True, **kwargs | loaded
             )

@@ -238,10 +238,10 @@ def test_a_damaged_folder_is_one_sentence(name, tmp_path, pipe):
     assert not re.search(r"\b(delete|remove)\b", said)  # the folder is the person's own
 
 
-def test_the_undamaged_folder_loads_and_shards_do(tmp_path):
+def test_the_undamaged_folder_loads_and_shards_do(tmp_path, pipe):
     sharded(missing=False)(linked(tmp_path / "mine"))
-    a, b = sd3kit.load(tmp_path / "mine", quiet=True), sd3kit.load(quiet=True)
-    for x, y in zip(a.vae.state_dict().values(), b.vae.state_dict().values(), strict=True):
+    loaded = sd3kit.load(tmp_path / "mine", quiet=True)
+    for x, y in zip(loaded.vae.state_dict().values(), pipe.vae.state_dict().values(), strict=True):
         assert torch.equal(x, y)
 
 

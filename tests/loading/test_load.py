@@ -68,14 +68,14 @@ def test_nano_turbo_is_nano_with_its_lora_fused(turbo, pipe, judge):
     plain.scheduler = type(plain.scheduler).from_pretrained(TURBO, subfolder="scheduler")
     for one in (plain, turbo):
         one.set_progress_bar_config(disable=True)
-    asked = ask("single", 8, judge.subjects, True, 0)
+    asked = ask("single", 4, judge.subjects, True, 0)
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
     drawn = pictures(turbo, [caption(scene) for scene in asked], **settings)
     as_loaded = pictures(plain, [caption(asked[0])], **settings)[0]
     change = np.abs(np.asarray(as_loaded, np.float32) - np.asarray(drawn[0], np.float32))
     assert change.mean() < 1, "diffusers' own loading gives the same picture"
     right = [judge_scene(judge, *pair)["subject"] for pair in zip(drawn, asked, strict=True)]
-    assert sum(right) >= 6, "the adapter belongs to these weights"
+    assert sum(right) >= 3, "the adapter belongs to these weights"
 
 
 def test_a_missing_or_damaged_adapter_is_told_in_one_sentence(tmp_path, monkeypatch):
