@@ -76,8 +76,11 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
         raise UserError("the name of the place to write to is empty: give one.")
     try:
         place = Path(os.path.realpath(path)) if folder else _place(path).parent
+        names = []
         while not os.path.lexists(place):
-            place, name = place.parent, place.name
+            names.append(place.name)
+            place = place.parent
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(place / name)  # tells of a name that is too long
         with tempfile.TemporaryFile(dir=place, prefix=".sd3kit-") as file:

@@ -116,7 +116,7 @@ def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: di
             if not local:
                 folder = hub.folder(name, source, variant, given, **options)
             loaded = {} if theirs else parts.load(folder, given, variant, dtype)
-            for part in parts.index(folder).keys() - given if theirs else ():
+            for part in sorted(parts.index(folder).keys() - given) if theirs else ():
                 parts.look(folder / part)
             pipe = StableDiffusion3Pipeline.from_pretrained(
                 folder, dtype=dtype, variant=variant, use_safetensors=True, **kwargs | loaded
@@ -178,13 +178,13 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     """The pipeline of a name at its true size, its weights drawn at random on the device itself."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+    if name not in MODELS:
+        raise LoadError(f'weights="random" knows the configurations of {", ".join(MODELS)} only, not of {name!r}.')
     parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
     modules = [part for part, module in parts.items() if isinstance(module, torch.nn.Module)]
     if name in ("nano", "nano-turbo"):
         for weight in itertools.chain(*(parts[part].parameters() for part in modules)):
             torch.nn.init.normal_(weight, std=0.02)
-    elif name not in configs.HUB:
-        raise LoadError(f'weights="random" knows the configurations of {", ".join(MODELS)} only, not of {name!r}.')
     else:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

@@ -190,7 +190,7 @@ def place(folder):
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "prompts.txt").write_text("a fox\n")
     (folder / "binary").write_bytes(b"\xff\xfe\x00\n")
-    (folder / "large.txt").write_text("a fox\n" * 2_000_000)
+    (folder / "large.txt").write_text("a fox\n" * 100_001)
     (folder / "long.txt").write_text("a" * 20_000)
     (folder / "torn.jsonl").write_text('{"row"\n{"row": 1}\n')
     (folder / "list.jsonl").write_text('[]\n{"row": 1}\n')

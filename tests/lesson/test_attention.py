@@ -62,18 +62,18 @@ def test_concept_tokens_read_the_picture_and_leave_no_trace():
         assert (read[..., :64] > 0).all() and (read[..., 64:-3] == 0).all() and (read[..., -3:] > 0).all()
 
 
-@pytest.mark.parametrize("more", [{}, {"clip_skip": 1}, {"prompt_2": "an owl", "negative_prompt": "a red cat"}])
+@pytest.mark.parametrize("more", [{}, {"clip_skip": 1, "prompt_2": "an owl", "negative_prompt": "a red cat"}])
 def test_maps_leave_the_picture_as_it_is_and_have_a_place_for_each_token(pipe, more):
     prompt = "a fox on a blue background, flat"
-    settings = {"num_inference_steps": 3, "max_sequence_length": 40} | more
-    found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=3, **more)
+    settings = {"num_inference_steps": 2, "max_sequence_length": 40} | more
+    found = attention.maps(pipe, prompt, ["fox", "blue"], seed=3, steps=2, **more)
     plain = pipe(prompt, generator=torch.Generator().manual_seed(3), **settings).images[0]
     difference = torch.tensor(list(found["image"].tobytes())).float() - torch.tensor(list(plain.tobytes())).float()
     assert difference.abs().max() <= 2
     layers = len(pipe.transformer.transformer_blocks)
-    assert found["raw"].shape == found["concept"].shape == (2, 3, layers, 8, 8)
+    assert found["raw"].shape == found["concept"].shape == (2, 2, layers, 8, 8)
     assert (found["raw"] >= 0).all() and found["raw"].sum(0).max() <= 1 + 1e-5
-    torch.testing.assert_close(found["concept"].sum(0), torch.ones(3, layers, 8, 8))
+    torch.testing.assert_close(found["concept"].sum(0), torch.ones(2, layers, 8, 8))
 
 
 def test_a_words_tokens_are_those_that_spell_it(pipe):
