@@ -60,11 +60,3 @@ VAE = dict(
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
-
-# Parameters of each model with its VAE and three text encoders, counted from the above; a test counts again.
-PARAMETERS = {
-    "medium": 7_692_768_483,
-    "3.5-medium": 7_907_612_003,
-    "3.5-large": 13_721_068_003,
-    "3.5-large-turbo": 13_721_068_003,
-}
