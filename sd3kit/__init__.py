@@ -2,7 +2,7 @@
 
 `load` gives a plain diffusers pipeline. Each package begins with what it is for, what it may import and where to start
 reading; from the bottom up: `errors`, `files`; `loading`; `pictures`, `records`; `lesson`; `recipe`; `measuring`;
-`dreambooth`; `study`; `explore`; `command`, `teach`.
+`dreambooth`; `study`; `explore`; `command`.
 """
 
 import logging

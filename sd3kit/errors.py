@@ -14,9 +14,7 @@ class UserError(RuntimeError):
     """
 
 
-def answer(
-    command: Callable[[], int | None], stopped: str = "stopped; what was finished is kept.", name: str = "sd3kit"
-) -> int:
+def answer(command: Callable[[], int | None], stopped: str = "stopped; what was finished is kept.") -> int:
     """Run a command line's work; whatever a person, a disk or a reader does is one sentence and an exit code.
 
     Returns:
@@ -43,7 +41,7 @@ def answer(
             raise
         _nowhere()
         sentence, code = "The disk is full: free some space.", 2
-    print(f"{name}: {sentence}", file=sys.stderr)
+    print(f"sd3kit: {sentence}", file=sys.stderr)
     return code
 
 

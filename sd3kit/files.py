@@ -5,23 +5,23 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError
 
 LOCK = ".sd3kit.lock"  # lies in a folder that is written into; the lock is the system's, the file alone means nothing
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space",
-    getattr(errno, "EDQUOT", None): "your share of the disk is used up; free some space",
     errno.EROFS: "the disk is read-only; give another place",
     errno.EACCES: "there is no permission; give another place, or change the folder's permissions",
-    errno.EPERM: "there is no permission; give another place, or change the folder's permissions",
     errno.ENAMETOOLONG: "its name is too long; give a shorter one",
     errno.ENOENT: "the folder is not there; make it first, or give another place",
     errno.ENOTDIR: "a file is where its folder should be; give another place",
     errno.EEXIST: "a file is where its folder should be; give another place",
-    errno.EISDIR: "it is a folder; give the name of a file",
+    errno.EISDIR: "it is a folder or a device; give the name of a file",
     errno.ELOOP: "its links lead in a circle; give another place",
 }
 
@@ -38,8 +38,7 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     """Write a file that is there whole or, after an error or a kill, as it was before.
 
     It is written beside its place, brought to the disk and moved over the old one, whose permissions it takes; a link
-    is followed. Text is written in UTF-8, its line ends as they are. What is no plain file, such as /dev/stdout, is
-    written straight.
+    is followed. Text is written in UTF-8, its line ends as they are.
 
     Raises:
         UserError: it cannot be written, and why, in one sentence.
@@ -47,17 +46,10 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     data = data.encode("utf-8", errors="surrogateescape") if isinstance(data, str) else data
     part = None
     try:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            with open(path, "wb") as file:
-                file.write(data)
-            return
         place = _place(path)
-        name = place.with_name(f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part")
-        with open(name, "xb") as file:
-            part = name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part = place.with_name(f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part")
+        with open(part, "xb") as file:
+            _to_disk(file, data)
         if place.exists():
             shutil.copymode(place, part)
         os.replace(part, place)
@@ -83,27 +75,16 @@ def check_writable(path: str | os.PathLike, *, folder: bool = False) -> None:
     if not os.fspath(path):
         raise UserError("the name of the place to write to is empty: give one.")
     try:
-        if folder:
-            place = Path(os.path.realpath(path))
-            missing = []
-            while not os.path.lexists(place):
-                missing.append(place.name)
-                place = place.parent
-            for name in missing:
-                with contextlib.suppress(FileNotFoundError):
-                    os.lstat(place / name)  # tells of a name that is too long
-        else:
-            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-                return
-            place = _place(path).parent
-        probe = place / f".sd3kit-{os.getpid()}-{secrets.token_hex(4)}.part"
-        try:
-            with open(probe, "xb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        place = Path(os.path.realpath(path)) if folder else _place(path).parent
+        names = []
+        while not os.path.lexists(place):
+            names.append(place.name)
+            place = place.parent
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(place / name)  # tells of a name that is too long
+        with tempfile.TemporaryFile(dir=place, prefix=".sd3kit-") as file:
+            _to_disk(file, bytes(4096))
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from error
 
@@ -125,16 +106,16 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     check_writable(folder, folder=True)
+    held = FileLock(os.path.join(folder, LOCK), timeout=0)
     try:
         os.makedirs(folder, exist_ok=True)
-        held = FileLock(os.path.join(folder, LOCK), timeout=0)
         held.acquire()
+    except Timeout:
+        where = os.fspath(folder)
+        raise UserError(
+            f"another command is writing into {where!r}: wait until it has ended, or give another folder."
+        ) from None
     except OSError as error:
-        if isinstance(error, Timeout):
-            raise UserError(
-                f"another command is writing into {os.fspath(folder)!r}: wait until it has ended, or give another "
-                "folder."
-            ) from None
         raise unwritable(folder, error) from error
     try:
         yield
@@ -145,7 +126,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
 def _place(path: str | os.PathLike) -> Path:
     """Where a file really goes, links followed; an error of the system's where no file can be."""
     place = Path(os.path.realpath(path))
-    if place.is_dir() or os.fspath(path).endswith(os.sep):
+    if (place.exists() and not place.is_file()) or os.fspath(path).endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     with contextlib.suppress(FileNotFoundError):
         os.lstat(place)  # tells of a name that is too long, and of a file among the folders
@@ -154,3 +135,9 @@ def _place(path: str | os.PathLike) -> Path:
     if not place.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     return place
+
+
+def _to_disk(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())

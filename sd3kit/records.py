@@ -1,14 +1,11 @@
 """How a figure is kept: its interval, the stamp that says where it came from, and files of JSON lines that resume."""
 
 import datetime
-import gc
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from tqdm.auto import tqdm
 from .errors import UserError
 from .files import check_writable, unwritable, write_whole
 from .loading.device import processes
-from .loading.names import NANO
 
 RESULTS = Path(__file__).parent / "results"  # the records that the lessons draw
 
@@ -42,22 +38,6 @@ def share(answers: Sequence[bool]) -> dict:
     right, total = sum(map(bool, answers)), len(answers)
     low, high = wilson(right, total)
     return {"share": right / total, "low": low, "high": high, "n": total}
-
-
-def mean(values: Sequence[float]) -> dict:
-    """A record of a mean: its value, its 95% interval (normal, of the mean) and how many values there were."""
-    centre = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return {"mean": centre, "low": centre - half, "high": centre + half, "n": len(values)}
-
-
-def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
-    """Twelve digits that tell these parts' weights from any others; by default those of all parts."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        for path in sorted((folder / part).rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -156,21 +136,24 @@ def study(
     Raises:
         UserError: the file has a damaged line or cannot be written; said before anything is measured, where it can be.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     check_writable(path)
     path, identity, state = Path(path), json.loads(json.dumps(identity)), processes()
     place = {json.dumps(row): i for i, row in enumerate(rows)}
 
+    def ours(record: dict) -> bool:
+        return record.items() >= identity.items()
+
     def kept() -> list[dict]:
         """The file's records in the order of the rows, those of other identities first."""
-        found = [(r.items() >= identity.items(), r) for r in read(path)]
-        found = [(ours, r) for ours, r in found if ours or others]
-        found.sort(key=lambda pair: (pair[0], pair[0] and place.get(json.dumps(pair[1]["row"]), len(place))))
-        return [r for _, r in found]
+        found = [r for r in read(path) if others or ours(r)]
+        return sorted(found, key=lambda r: place.get(json.dumps(r["row"]), len(place)) if ours(r) else -1)
 
     def write() -> None:
         write_whole(path, "".join(json.dumps(r) + "\n" for r in kept()))
 
-    there = [json.dumps(r["row"]) for r in kept() if r.items() >= identity.items()]
+    there = [json.dumps(r["row"]) for r in kept() if ours(r)]
     missing = [row for row in rows if json.dumps(row) not in there]
     state.wait_for_everyone()
     if missing and state.is_main_process:
@@ -194,14 +177,12 @@ def study(
             except OSError as error:
                 raise unwritable(path, error) from error
             # the error's traceback holds the pipeline: only now, outside of the handler, can its memory be freed
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)
     state.wait_for_everyone()
     if missing and state.is_main_process:  # processes finish in any order; readers get the study's
         write()
     state.wait_for_everyone()
-    return [r for r in kept() if r.items() >= identity.items() and json.dumps(r["row"]) in place]
+    return [r for r in kept() if ours(r) and json.dumps(r["row"]) in place]
 
 
 def stored(study: str, model: str, folder: Path = RESULTS) -> list[dict]:

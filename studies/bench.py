@@ -27,6 +27,8 @@ from sd3kit.measuring.report import distance
 from sd3kit.measuring.speedups import SPEEDUPS
 from sd3kit.recipe.judge import Judge
 
+from . import store
+
 # One a call, so that ten calls give the times and the share of right pictures too.
 PROMPTS = (
     "a fox on a blue background, flat",
@@ -128,7 +130,7 @@ class Bench:
         return {
             "study": self.options.study,
             "model": self.name,
-            "weights": records.weights() if self.name == "nano" and weights == "trained" else weights,
+            "weights": store.weights() if self.name == "nano" and weights == "trained" else weights,
             "dtype": str(self.dtype).removeprefix("torch."),
             "size": self.size,
             "steps": self.options.steps,

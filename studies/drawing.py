@@ -15,10 +15,9 @@ from sd3kit.loading.pipeline import load
 from sd3kit.recipe import scenes
 from sd3kit.recipe.evaluate import ask, judge_scene, pictures, tally
 from sd3kit.recipe.judge import Judge, subject_mask
-from sd3kit.records import mean
 from sd3kit.study import overlap
 
-from .store import Study
+from .store import Study, mean
 
 LENGTH = 40  # tokens for the T5
 ENCODERS = {"CLIP 1": "1", "CLIP 2": "2", "T5": "3"}

@@ -11,10 +11,9 @@ from sd3kit.loading.pipeline import load
 from sd3kit.recipe import scenes, turbo
 from sd3kit.recipe.evaluate import ask, pictures, tally
 from sd3kit.recipe.judge import Judge, subject_mask
-from sd3kit.records import mean
 
 from .drawing import drawn_right
-from .store import Study
+from .store import Study, mean
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
 ADAPTER = "../nano-turbo"  # beside nano's folder

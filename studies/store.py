@@ -1,11 +1,31 @@
 """What a study is, and its rows in a file: stored as they are measured, continued where a run stopped."""
 
 import dataclasses
+import hashlib
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sd3kit import records
 from sd3kit.files import check_writable
+from sd3kit.loading.names import NANO
+
+
+def mean(values: Sequence[float]) -> dict:
+    """A record of a mean: its value, its 95% interval (normal, of the mean) and how many values there were."""
+    centre = statistics.fmean(values)
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": centre, "low": centre - half, "high": centre + half, "n": len(values)}
+
+
+def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
+    """Twelve digits that tell these parts' weights from any others; by default those of all parts."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for path in sorted((folder / part).rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +54,7 @@ def run(name: str, study: Study, folder: str | Path = records.RESULTS) -> None:
         study.rows,
         lambda row: {"found": study.measure(row)},
         folder / f"{name}.jsonl",
-        {"weights": records.weights(study.parts)},
+        {"weights": weights(study.parts)},
         f"python -m studies {name}",
         tries=False,
         others=False,

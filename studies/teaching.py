@@ -18,10 +18,10 @@ from sd3kit.dreambooth.model import ATTENTION
 from sd3kit.loading.device import environment_alone
 from sd3kit.loading.pipeline import load
 from sd3kit.recipe.evaluate import pictures
-from sd3kit.records import mean, share
+from sd3kit.records import share
 
 from .drawing import tools
-from .store import Study
+from .store import Study, mean
 
 BASE = dict(
     pretrained_model_name_or_path="nano",

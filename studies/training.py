@@ -178,9 +178,9 @@ def qk_norm(row: dict, steps: int = 200) -> dict:
     network = seeded(row, row["qk_norm"])
     losses = train(network, rate=row["rate"], steps=steps)
     given, noise = data(), fixed_noise()
-    with torch.no_grad(), attention.opened(network) as processors:
+    with torch.no_grad(), attention.opened(network, lambda logits, *_: logits.abs().max().item()) as processors:
         network((given["latents"] + noise) / 2, given["text"], given["pooled"], torch.full((32,), 500.0).to(noise))
-        logits = [processor.largest_logit for processor in processors]
+        logits = [processor.kept for processor in processors]
     return {"largest logit": max(logits), "loss": float(np.mean(losses[-20:]))}
 
 

@@ -40,14 +40,15 @@ class Generate:
         import types
 
         from sd3kit import explore
-        from sd3kit.command import cli, generate
+        from sd3kit.command import cli
+        from sd3kit.loading import pipeline
 
         def draw(pipe, prompt, seed, **settings):
             noise = torch.randint(256, (96, 96, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
             drawn = {"prompt": prompt, "seed": seed, **settings, "size": 96}
             return explore.Drawn(Image.fromarray(noise.numpy()), drawn, 1, 1, 1)
 
-        explore.text_to_image, generate._load = draw, lambda *_, **__: types.SimpleNamespace()
+        explore.text_to_image, pipeline.load = draw, lambda *_, **__: types.SimpleNamespace()
         assert cli.main([*self.words, "-o", str(self.out)]) == 0
 
     def whole(self, ended):

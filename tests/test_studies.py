@@ -8,7 +8,7 @@ import warm
 
 import sd3kit
 import studies
-from sd3kit import records, study
+from sd3kit import study
 from sd3kit.dreambooth import subject
 from studies import drawing, few, store, teaching, training
 from studies.__main__ import STUDIES, main
@@ -108,7 +108,7 @@ def test_stored_rows_are_complete_and_of_the_weights_at_hand(name):
     stored = stored_rows(name)
     assert [r["row"] for r in stored if r["row"] not in STUDIES[name].rows] == []
     assert all(any(r["row"] == row for r in stored) for row in STUDIES[name].rows)
-    assert {r["weights"] for r in stored} == {records.weights(STUDIES[name].parts)}
+    assert {r["weights"] for r in stored} == {store.weights(STUDIES[name].parts)}
 
 
 def shares_agree(stored, measured, n):

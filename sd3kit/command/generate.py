@@ -4,17 +4,15 @@ The pictures are those of `explore.text_to_image`: a PNG holds its settings, `ex
 """
 
 import argparse
+import contextlib
 import io
 import json
 from pathlib import Path
 
 from .. import files
 from ..errors import UserError
-from ..loading import configs
-from ..loading.names import MODELS, own_settings, resolve
+from ..loading.names import MODELS, NANO, TURBO, own_settings, resolve
 
-LARGEST = {name: config["pos_embed_max_size"] * 16 for name, config in configs.TRANSFORMER.items()}
-LARGEST |= {"nano": 256, "nano-turbo": 256}
 SETTINGS = "settings.json"  # what the pictures of a folder share
 MOST = 100_000  # pictures of one folder
 LONGEST = 10_000  # characters of a prompt; the text encoders read some hundred
@@ -36,8 +34,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hub id (SD3KIT_MODEL, or nano)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (%(default)s)")
-    parser.add_argument("--steps", type=int, help="1 to 1000 (what the model is made for: 28, of nano-turbo 4)")
-    parser.add_argument("--guidance", type=float, help="1 to 20; 1 is none (the model's own: 7, of nano-turbo 1)")
+    parser.add_argument("--steps", type=int, help="1 to 1000 (what the model is made for: nano 28, nano-turbo 4)")
+    parser.add_argument("--guidance", type=float, help="1 to 20; 1 is none (the model's own: nano 4, nano-turbo 1)")
     parser.add_argument("--size", type=int, help="pixels of each side, divisible by 16 (the model's own)")
 
 
@@ -79,39 +77,37 @@ def _validate(options: argparse.Namespace) -> list[str]:
         if options.size % 16 or options.size < 64:
             near = max(64, round(options.size / 16) * 16)
             raise UserError(f"--size must be divisible by 16 and at least 64, not {options.size}: try {near}.")
-        name = next((name for name in LARGEST if resolve(name) == source), "an SD3 model")
-        _fits(options.size, LARGEST.get(name, max(LARGEST.values())), name)
+        if options.size > (most := _largest(source)):
+            raise UserError(
+                f"this model draws up to {most} pixels, not {options.size}: give a smaller --size or another --model."
+            )
     if options.output == "":
         raise UserError("the name after -o is empty: give a file, or for many pictures a folder.")
     return prompts
 
 
-def _fits(size: int | None, largest: int, name: str) -> None:
-    if size is not None and size > largest:
-        raise UserError(f"{name} draws up to {largest} pixels, not {size}: give a smaller --size or another --model.")
+def _largest(source: str) -> int:
+    """The pixels of a side that a model has positions for, from its settings, before its weights are loaded."""
+    from ..loading import hub, parts
+
+    file = hub.file(source, str(NANO) if source == str(TURBO) else source, "transformer/config.json")
+    return 16 * parts.read_json(file).get("pos_embed_max_size", 96)  # diffusers' own, where it is left out
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     if (options.prompt is None) == (options.prompts is None):
         raise UserError('give either a prompt, such as "a fox on a blue background", or --prompts FILE.')
-    if options.prompts is None:
-        if not options.prompt.strip():
-            raise UserError('the prompt is empty: say what to draw, such as "a fox on a blue background".')
-        return [options.prompt]
-    most = 10_000_000
-    try:
-        with open(options.prompts, "rb") as file:
-            data = file.read(most + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{options.prompts} could not be read ({error.strerror}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{options.prompts} is not UTF-8 text: give a text file with a prompt on each line.") from error
-    if len(data) > most:
-        raise UserError(f"{options.prompts} is larger than 10 MB: give a text file with a prompt on each line.")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    texts = [options.prompt]
+    if options.prompts is not None:
+        try:
+            texts = [line.strip() for line in options.prompts.read_text(encoding="utf-8-sig").splitlines()]
+        except OSError as error:
+            raise UserError(f"{options.prompts} could not be read ({error.strerror}): check the path.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{options.prompts} is not UTF-8 text: write a prompt on each line.") from error
+    prompts = [text for text in texts if text.strip()]
     if not prompts:
-        raise UserError(f"{options.prompts} holds no prompt: write one on each line.")
+        raise UserError('there is no prompt: say what to draw, such as "a fox on a blue background".')
     return prompts
 
 
@@ -119,15 +115,6 @@ def _settings(options: argparse.Namespace) -> dict:
     return {
         "negative_prompt": options.negative, "steps": options.steps, "guidance": options.guidance, "size": options.size
     }  # fmt: skip
-
-
-def _load(options: argparse.Namespace, **more):
-    from ..loading.pipeline import load
-
-    pipe = load(options.model, **more)
-    config = pipe.transformer.config
-    _fits(options.size, config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor, "this model")
-    return pipe
 
 
 def _one(options: argparse.Namespace, prompt: str) -> None:
@@ -138,8 +125,9 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
     from tqdm.auto import tqdm
 
     from ..explore import text_to_image
+    from ..loading.pipeline import load
 
-    pipe = _load(options)
+    pipe = load(options.model)
     with tqdm(total=options.steps, desc="steps", unit="step") as bar:
         drawn = text_to_image(pipe, prompt, seed=options.seed, watch=lambda step: bar.update(1), **_settings(options))
     data = drawn.png()
@@ -169,13 +157,10 @@ def _draw_all(options: argparse.Namespace, folder: Path, jobs: dict[str, dict]) 
 
     from ..explore import text_to_image
     from ..loading.device import processes
+    from ..loading.pipeline import load
 
     shared = {"model": resolve(options.model), **_settings(options)}
-    _same(folder / SETTINGS, shared, _stored(folder / SETTINGS))
-    done = {name for name in jobs if (folder / name).exists()}
-    for name in sorted(done):
-        _same(folder / name, jobs[name] | _settings(options), _drawn(folder / name))
-    missing = [(name, job) for name, job in jobs.items() if name not in done]
+    missing = _missing(folder, jobs, shared)
     state = processes()
     if state.is_main_process:
         for left in folder.glob(".sd3kit-*.part"):  # of a run that was killed
@@ -184,57 +169,57 @@ def _draw_all(options: argparse.Namespace, folder: Path, jobs: dict[str, dict]) 
     state.wait_for_everyone()  # all have seen the same folder before anyone draws into it
     with state.split_between_processes(missing) as share:
         if share:
-            pipe = _load(options, device=str(state.device), quiet=not state.is_main_process)
-        for name, job in tqdm(share, desc="pictures", unit="picture", disable=not state.is_main_process):
-            files.write_whole(folder / name, text_to_image(pipe, **job, **_settings(options)).png())
+            pipe = load(options.model, device=str(state.device), quiet=not state.is_main_process)
+        for name in tqdm(share, desc="pictures", unit="picture", disable=not state.is_main_process):
+            files.write_whole(folder / name, text_to_image(pipe, **jobs[name], **_settings(options)).png())
     state.wait_for_everyone()
     if state.is_main_process:
-        # the layout that `datasets` calls an image folder; pictures of earlier runs keep their rows
-        rows = {name: {"file_name": name, "text": job["prompt"], "seed": job["seed"]} for name, job in jobs.items()}
-        earlier = {
-            row["file_name"]: row for row in _rows(folder / "metadata.jsonl") if (folder / row["file_name"]).is_file()
-        }
-        lines = [json.dumps(row) + "\n" for _, row in sorted((earlier | rows).items())]
-        files.write_whole(folder / "metadata.jsonl", "".join(lines))
+        files.write_whole(folder / "metadata.jsonl", _table(folder))
         print(folder)
     if state.num_processes > 1:
         state.destroy_process_group()
 
 
-def _stored(path: Path) -> dict | None:
-    """What the pictures of a folder share; None where nothing was drawn yet."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read, so what the folder holds is not known: give another -o.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} was not written by sd3kit generate: give another -o.")
-    return found
+def _missing(folder: Path, jobs: dict[str, dict], shared: dict) -> list[str]:
+    """The pictures that a folder lacks.
 
-
-def _rows(path: Path) -> list[dict]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError):
-        return []  # it is written anew
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)]
-
-
-def _drawn(path: Path) -> dict:
+    Raises:
+        UserError: its pictures were drawn with other settings, so that it would hold a mixture, or are not known.
+    """
     from ..explore import from_png
+    from ..loading.parts import Damaged, read_json
 
+    path, missing = folder / SETTINGS, []
     try:
-        return from_png(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} was not drawn by sd3kit generate: give another -o.") from error
+        if path.exists():
+            _same(path, shared, read_json(path))
+        for name, job in jobs.items():
+            path = folder / name
+            if path.exists():  # it holds what it was drawn with, its size too where none is asked for
+                known = {setting: value for setting, value in shared.items() if value is not None}
+                _same(path, job | known, from_png(path) | {"model": shared["model"]})
+            else:
+                missing.append(name)
+    except (OSError, ValueError, Damaged) as error:
+        raise UserError(f"{path} was not written by sd3kit generate, or is damaged: give another -o.") from error
+    return missing
 
 
-def _same(path: Path, asked: dict, stored: dict | None) -> None:
-    """Refuse a folder whose pictures were drawn with other settings: it would hold a mixture."""
-    for name, value in asked.items() if stored is not None else ():
-        if stored.get(name) != value and (value is not None or path.name == SETTINGS):
+def _same(path: Path, asked: dict, stored: dict) -> None:
+    for name, value in asked.items():
+        if stored.get(name) != value:
             raise UserError(
                 f"{path} was drawn with {name.replace('_', ' ')} {stored.get(name)!r}, not {value!r}: give another -o."
             )
+
+
+def _table(folder: Path) -> str:
+    """The table of what `datasets` calls an image folder, from what each picture was drawn with."""
+    from ..explore import from_png
+
+    lines = []
+    for path in sorted(folder.glob("*.png")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # somebody else's
+            drawn = from_png(path)
+            lines.append(json.dumps({"file_name": path.name, "text": drawn["prompt"], "seed": drawn["seed"]}) + "\n")
+    return "".join(lines)

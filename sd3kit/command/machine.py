@@ -9,40 +9,28 @@ from pathlib import Path
 import psutil
 import torch
 
-from .. import __version__
-from ..loading import configs
-from ..loading.device import pick_device, pick_dtype
-from ..loading.names import MODELS, resolve
+from .. import __version__, records
+from ..loading.device import pick_device
+from ..loading.names import MODELS
 
 
 def check() -> None:
-    print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
     device, memory = pick_device(), psutil.virtual_memory().total / 2**30
+    what = "Apple's GPU, sharing its memory" if device == "mps" else f"no GPU, a processor of {os.cpu_count()} cores"
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        print(f"GPU: {properties.name}, {memory:.1f} GiB")
-    elif device == "mps":
-        print(f"GPU: Apple, sharing {memory:.0f} GiB with the processor")
-    else:
-        print(f"GPU: none; processor with {os.cpu_count()} cores, {memory:.0f} GiB of memory")
+        what, memory = properties.name, properties.total_memory / 2**30
+    print(f"sd3kit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
+    print(f"{what}, {memory:.1f} GiB of memory")
     with contextlib.suppress(OSError, RuntimeError):  # there may be no home
         print(f"free disk in the home folder: {shutil.disk_usage(Path.home()).free / 2**30:.0f} GiB")
+    # what drawing 1024 x 1024 takes with all of a model on the device, as lesson 04 accounts it; nano is small
+    rows = records.read(records.RESULTS / "bytes.jsonl")
+    needs = {row["model"]: row["device"] / 2**30 for row in rows if row["row"] == "default"}
     for name in MODELS:
-        dtype, _ = pick_dtype(name, device)
-        size = weight_bytes(name) / 2**30
+        size, verdict = needs.get(name, 0.5), "yes"
         if size > memory:
-            verdict = "its weights do not fit at once; lesson 04 shows how to make it fit"
-        elif device == "cpu" and not name.startswith("nano"):
+            verdict = "does not fit at once; lesson 04 shows how to make it fit"
+        elif device == "cpu" and name in needs:
             verdict = "fits, but takes many minutes a picture without a GPU"
-        else:
-            verdict = "yes"
-        print(f"  {name:<16} {size:6.2f} GiB in {str(dtype).removeprefix('torch.'):<9} {verdict}")
-
-
-def weight_bytes(name: str) -> int:
-    """Bytes of a model's weights at two bytes each; nano's as its files have them."""
-    if name.startswith("nano"):  # nano-turbo is nano and an adapter
-        folders = {resolve("nano"), resolve(name)}
-        return sum(file.stat().st_size for folder in folders for file in Path(folder).rglob("*.safetensors"))
-    return 2 * configs.PARAMETERS[name]
+        print(f"  {name:<16} {size:5.1f} GiB  {verdict}")

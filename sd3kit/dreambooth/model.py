@@ -107,7 +107,7 @@ def check_transformer(settings: Settings) -> None:
     try:
         config = parts.read_json(path)
     except parts.Damaged as error:
-        raise DreamBoothError(f"{path} {error}: get it again.") from error
+        raise DreamBoothError(f"{error}: get it again.") from error
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
     lora_targets(settings, transformer)

@@ -1,4 +1,4 @@
-"""Where the words look: attention weights and outputs of diffusers' joint blocks, recorded while a pipeline draws.
+"""Where the words look: what diffusers' joint blocks compute in their attention, recorded while a pipeline draws.
 
 diffusers' `JointAttnProcessor2_0` computes joint attention in one fused call that keeps no weights. The processor here
 computes the same thing openly.
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from diffusers.models.attention_processor import Attention
 
-Reduce = Callable[[torch.Tensor, torch.Tensor], object]
+# What is kept of an attention: a function of its logits and weights (N, heads, tokens, tokens), picture tokens first,
+# and its outputs (N, tokens, width), what each token has read before the output projection.
+Keep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 # The pipeline's arguments that its `encode_prompt` takes.
 ENCODING = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "clip_skip")
 
@@ -19,22 +21,17 @@ ENCODING = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "neg
 class OpenProcessor:
     """`JointAttnProcessor2_0` with its weights and outputs in the open.
 
-    After a call `weights` is (N, heads, tokens, tokens), picture tokens first, rows summing to 1 over what a token
-    reads; `outputs` is (N, tokens, width), what each token has read, before the output projection; `largest_logit` is
-    the largest absolute value that went into the softmax. Weights are large (SD3 Medium at 1024 pixels: 1.7 GB a layer
-    with guidance), so with a `reduce` neither is kept, but as `kept` what `reduce(weights, outputs)` gives.
+    After a call `kept` is what `keep(logits, weights, outputs)` gives: weights are large (SD3 Medium at 1024 pixels:
+    1.7 GB a layer with guidance), so they are not kept whole. Their rows sum to 1 over what a token reads.
 
     The last `concepts` of the text's tokens go along without a trace: no other token reads them, and they read the
     picture and each other (ConceptAttention, arXiv 2502.04320, section 4).
     """
 
-    largest_logit: float
-    weights: torch.Tensor
-    outputs: torch.Tensor
     kept: object
 
-    def __init__(self, reduce: Reduce | None = None, concepts: int = 0):
-        self.reduce, self.concepts = reduce, concepts
+    def __init__(self, keep: Keep, concepts: int = 0):
+        self.keep, self.concepts = keep, concepts
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_
@@ -49,29 +46,24 @@ class OpenProcessor:
             streams.append(heads(encoder_hidden_states, *added))
         query, key, value = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
         logits = (query * attn.scale) @ key.transpose(-1, -2)  # scaled first: in float16 the product may overflow
-        self.largest_logit = max(logits.max(), -logits.min()).item()
-        if self.concepts:
-            end = logits.shape[-1] - self.concepts
-            logits[..., :end, end:] = -torch.inf
-            logits[..., end:, hidden_states.shape[1] : end] = -torch.inf
+        picture, end = hidden_states.shape[1], logits.shape[-1] - self.concepts
+        logits[..., :end, end:] = -torch.inf
+        logits[..., end:, picture:end] = -torch.inf
         weights = logits.softmax(-1)
         outputs = (weights @ value).transpose(1, 2).flatten(2)
-        if self.reduce is None:
-            self.weights, self.outputs = weights, outputs
-        else:
-            self.kept = self.reduce(weights, outputs)
-        picture, text = outputs.split([hidden_states.shape[1], key.shape[2] - hidden_states.shape[1]], dim=1)
-        picture = attn.to_out[1](attn.to_out[0](picture))
+        self.kept = self.keep(logits, weights, outputs)
+        looked = attn.to_out[1](attn.to_out[0](outputs[:, :picture]))
         if encoder_hidden_states is None:
-            return picture
-        return picture, text if attn.context_pre_only else attn.to_add_out(text)
+            return looked
+        text = outputs[:, picture:]
+        return looked, text if attn.context_pre_only else attn.to_add_out(text)
 
 
 @contextlib.contextmanager
-def opened(transformer, reduce: Reduce | None = None, concepts: int = 0) -> Iterator[list[OpenProcessor]]:
+def opened(transformer, keep: Keep, concepts: int = 0) -> Iterator[list[OpenProcessor]]:
     """Put an `OpenProcessor` into the joint attention of each block while this lasts; gives them in order."""
     before = [block.attn.processor for block in transformer.transformer_blocks]
-    open_ones = [OpenProcessor(reduce, concepts) for _ in before]
+    open_ones = [OpenProcessor(keep, concepts) for _ in before]
     for block, processor in zip(transformer.transformer_blocks, open_ones, strict=True):
         block.attn.processor = processor
     try:
@@ -147,7 +139,7 @@ def maps(
     along, sizes = torch.cat(concepts)[None], [len(tokens) for tokens in concepts]
     raw, concept = [], []
 
-    def reduce(weights, outputs):
+    def kept(logits, weights, outputs):
         weights, outputs = weights[-1], outputs[-1]  # the prompt's half, not the empty one's
         picture = len(outputs) - embeds.shape[1] - sum(sizes)
         outputs = outputs.float()  # half precision cannot hold the products below
@@ -161,7 +153,7 @@ def maps(
         concept.append(torch.stack(similar, 1))
         return values if callback is None else callback(pipe, step, timestep, values)
 
-    with opened(pipe.transformer, reduce, sum(sizes)) as processors:
+    with opened(pipe.transformer, kept, sum(sizes)) as processors:
         image = pipe(
             prompt_embeds=torch.cat([embeds, along], 1),
             negative_prompt_embeds=torch.cat([empty, along], 1),

@@ -31,12 +31,10 @@ def check_device(device: str | torch.device, where: str = "device") -> str:
     """
     name = str(device)
     try:
-        if torch.device(name).type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            return name
+        torch.empty(1, device=name).item()  # the device "meta" holds no numbers
+    except torch.OutOfMemoryError:
+        pass  # it is there, and full
+    except (RuntimeError, AssertionError, NotImplementedError):
         there = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
         there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
         raise LoadError(

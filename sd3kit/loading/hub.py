@@ -4,30 +4,25 @@
 `explain` for what else is asked of the Hub under `guarded`.
 """
 
+import concurrent.futures
 import contextlib
-import contextvars
 import errno
+import functools
 import os
-import queue
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .names import LoadError
 
-T = TypeVar("T")
 PATIENCE = 15.0  # seconds for the first answers; what is downloaded after them shows its progress
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-class Refused(LoadError):
-    """The Hub answers, and waiting for it is no use: it asks for a long wait, has an error of its own, or is no Hub."""
-
-    def __init__(self, status: int = 0, wait: str = ""):
-        super().__init__(f"{status} {wait}")
-        self.status, self.wait = status, wait
+class NoHub(LoadError):
+    """What answers is not a Hub."""
 
 
 def folder(name: str, source: str, variant: str | None = None, given: Collection[str] = (), **options: Any) -> Path:
@@ -45,16 +40,9 @@ def folder(name: str, source: str, variant: str | None = None, given: Collection
     """
     from diffusers import StableDiffusion3Pipeline
 
-    asked = dict.fromkeys(given) | {"use_safetensors": True, "variant": variant} | options
-
-    def online() -> Path:
-        _first_answers(source, "model_index.json", options)
-        with guarded():
-            return StableDiffusion3Pipeline.download(source, **asked)
-
-    return _or_copy(
-        name, source, online, lambda: StableDiffusion3Pipeline.download(source, **asked | {"local_files_only": True})
-    )
+    asked = dict.fromkeys(given) | {"use_safetensors": True, "variant": variant}
+    download = functools.partial(StableDiffusion3Pipeline.download, source, **asked)
+    return _or_copy(name, source, "model_index.json", download, options)
 
 
 def file(name: str, source: str, path: str, **options: Any) -> Path:
@@ -67,68 +55,55 @@ def file(name: str, source: str, path: str, **options: Any) -> Path:
 
     if os.path.isdir(source):
         return Path(source, path)
-    return _or_copy(
-        name, source,
-        lambda: _first_answers(source, path, options),
-        lambda: hf_hub_download(source, path, **options | {"local_files_only": True}),
-    )  # fmt: skip
+    return _or_copy(name, source, path, functools.partial(hf_hub_download, source, path), options)
 
 
-def _or_copy(name: str, source: str, online: Callable[[], Any], offline: Callable[[], Any]) -> Path:
+def _or_copy(name: str, source: str, small: str, download: Callable[..., str], options: dict) -> Path:
+    """What `download` gives, after the Hub has given the model's page and one small file of it within patience."""
     try:
-        return Path(online())
+        with guarded(first=True):
+            within(PATIENCE, lambda: _first_answers(source, small, options))
+        with guarded():
+            return Path(download(**options))
     except Exception as error:
         sentence = explain(error, name, source)
         if sentence is None:
             raise
         kinds = {type(e).__name__ for e in _chain(error)}
-        if not kinds & {"RevisionNotFoundError", "HFValidationError", "PermissionError"}:
-            with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
-                there = Path(offline())
-                if "OfflineModeIsEnabled" not in kinds:  # which a person has asked for
-                    why = sentence.partition(": ")[0].partition(", ")[0]
-                    print(f"sd3kit: {why}; the copy of {name} here is used.", file=sys.stderr)
-                return there
+        with contextlib.suppress(Exception):  # whatever it is, the first error is the one to tell
+            there = Path(download(**options | {"local_files_only": True}))
+            if "OfflineModeIsEnabled" not in kinds:  # which a person has asked for
+                why = sentence.partition(": ")[0].partition(", ")[0]
+                print(f"sd3kit: {why}; the copy of {name} here is used.", file=sys.stderr)
+            return there
         # h11 and httpx quote a header that they refuse, and that may be the token
         raise LoadError(sentence) from (None if "LocalProtocolError" in kinds else error)
 
 
-def _first_answers(source: str, path: str, options: dict) -> str:
-    """Ask for the model and one small file of it, within patience: what is wrong with a Hub shows here."""
+def _first_answers(source: str, small: str, options: dict) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
-    def ask() -> str:
-        if not options.get("local_files_only"):
-            HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
-        return hf_hub_download(source, path, **options)
-
-    with guarded(first=True):
-        return within(PATIENCE, ask)
+    if not options.get("local_files_only"):
+        HfApi().model_info(source, revision=options.get("revision"), token=options.get("token"), timeout=10)
+    hf_hub_download(source, small, **options)
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], Any]) -> Any:
     """The result of `work`, which is left behind in its thread if it takes longer.
 
     Raises:
         TimeoutError: it took longer. Whatever `work` raises.
     """
-    done: queue.Queue = queue.Queue()
-    context = contextvars.copy_context()
+    done: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            done.put((context.run(work), None))
+            done.set_result(work())
         except BaseException as error:
-            done.put((None, error))
+            done.set_exception(error)
 
-    threading.Thread(target=run, name="sd3kit hub", daemon=True).start()
-    try:
-        result, error = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} seconds") from None
-    if error is not None:
-        raise error
-    return result
+    threading.Thread(target=run, name="sd3kit hub", daemon=True).start()  # an executor's would be waited for at exit
+    return done.result(timeout=seconds)
 
 
 @contextlib.contextmanager
@@ -136,49 +111,53 @@ def guarded(first: bool = False) -> Iterator[None]:
     """Watch what huggingface_hub asks meanwhile: no token goes over plain http, and no wait is longer than patience.
 
     The hooks are those of its HTTP client; they are taken off again. With `first`, an error of the server is not waited
-    out either, and an answer that is none of a Hub is `Refused`.
+    out either, and an answer that is none of a Hub is `NoHub`.
     """
     from huggingface_hub import get_session
 
     client = get_session()
-    before = {key: list(hooks) for key, hooks in client.event_hooks.items()}
+    before = client.event_hooks
     client.event_hooks = {
-        "request": [*before.get("request", []), _keep_token],
-        "response": [*before.get("response", []), lambda response: _no_long_wait(response, first)],
+        "request": [*before["request"], _keep_token],
+        "response": [*before["response"], functools.partial(_no_long_wait, first=first)],
     }
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         if first:  # JSON, but not a Hub's
-            raise Refused() from error
+            raise NoHub from error
         raise
     finally:
         client.event_hooks = before
 
 
-_warned: set[str] = set()
-
-
 def _keep_token(request) -> None:
     if request.url.scheme == "http" and request.headers.pop("authorization", None):
-        if request.url.host not in _warned:
-            print(
-                f"sd3kit: your token is not sent to {request.url.host}, since http:// is not encrypted: use https:// "
-                "in HF_ENDPOINT if it needs one.",
-                file=sys.stderr,
-            )
-        _warned.add(request.url.host)
+        _say_kept(request.url.host)
+
+
+@functools.cache  # said once for each host
+def _say_kept(host: str) -> None:
+    print(
+        f"sd3kit: your token is not sent to {host}, since http:// is not encrypted: use https:// in HF_ENDPOINT if it "
+        "needs one.",
+        file=sys.stderr,
+    )
 
 
 def _no_long_wait(response, first: bool) -> None:
-    if response.status_code == 429:
-        wait = response.headers.get("retry-after", "").strip()
-        if not wait.isdigit():
-            _, _, wait = response.headers.get("ratelimit", "").replace(" ", "").rpartition(";t=")
-        if first or not wait.isdigit() or int(wait) > PATIENCE:
-            raise Refused(429, wait if wait.isdigit() else "")
-    elif first and response.status_code >= 500:
-        raise Refused(response.status_code)
+    wait = _wait(response)
+    if (first and response.status_code >= 500) or (
+        response.status_code == 429 and (first or wait is None or wait > PATIENCE)
+    ):
+        response.raise_for_status()
+
+
+def _wait(response) -> int | None:
+    """The seconds that an answer asks to wait."""
+    after = response.headers.get("retry-after", "").strip()
+    window = response.headers.get("ratelimit", "").replace(" ", "").rpartition(";t=")[2]
+    return next((int(words) for words in (after, window) if words.isdigit()), None)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -193,6 +172,10 @@ def _chain(error: BaseException) -> list[BaseException]:
 # Why the Hub fails and what to do: the names of errors, or the status of its answer, and the sentence; the first that
 # fits is told. Errors are known by their classes' names, since huggingface_hub has changed its HTTP library twice.
 SENTENCES = (
+    ("ENOSPC", "The disk is full while loading {name}: free some space (SD3 Medium needs 16 GB) or set HF_HOME to "
+        "another disk."),
+    ("EACCES EPERM EROFS", "There is no permission for {path}, where the Hub's models are kept: set HF_HOME to a "
+        "folder of your own, or change its permissions."),
     ("GatedRepoError", "{name} is gated: accept its licence at {page}, log in once with `hf auth login`, and run this "
         "again."),
     ("DisabledRepoError", "{hub} has disabled {source}: look at {page} for the reason, or use another model."),
@@ -209,11 +192,8 @@ SENTENCES = (
     ("5xx", "{hub} has an error of its own ({status}): try again in some minutes, or use nano, which needs no Hub."),
     ("TimeoutError TimeoutException Timeout", "{hub} does not answer in time: check the network, try again later, or "
         "use nano, which needs none."),
-    ("TooManyRedirects", "{hub} sends each question on in a circle: check HF_ENDPOINT, or the network's sign-in page."),
-    ("Refused JSONDecodeError FileMetadataError UnicodeDecodeError DecodingError", "What answers at {place} is not a "
-        "Hub: check HF_ENDPOINT, or the network's sign-in page."),
-    ("UnsupportedProtocol InvalidURL", "HF_ENDPOINT is {place!r}, which is no address: use https://huggingface.co, or "
-        "leave it out."),
+    ("NoHub JSONDecodeError FileMetadataError UnicodeDecodeError DecodingError TooManyRedirects UnsupportedProtocol "
+        "InvalidURL", "What answers at {place} is not a Hub: check HF_ENDPOINT, or the network's sign-in page."),
     ("LocalProtocolError", "The token holds characters that no token has: copy it again, or log in with "
         "`hf auth login`."),
     ("RemoteProtocolError ReadError WriteError IncompleteRead ChunkedEncodingError XetError Consistency",
@@ -230,23 +210,13 @@ SENTENCES = (
 
 def explain(error: BaseException, name: str, source: str) -> str | None:
     """Why the Hub, the network or the cache failed and what to do, in one sentence; None for an unknown error."""
-    chain = _chain(error)
-    for e in chain:
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            return (
-                f"The disk is full while loading {name}: free some space (SD3 Medium needs 16 GB) or set HF_HOME to "
-                "another disk."
-            )
-        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return (
-                f"There is no permission for {e.filename or 'the cache'}, where the Hub's models are kept: set HF_HOME "
-                "to a folder of your own, or change its permissions."
-            )
-    place, custom = _endpoint()
-    refused = next((e for e in chain if isinstance(e, Refused)), None)
-    answered = next((r.status_code for e in chain if (r := getattr(e, "response", None)) is not None), 0)
-    status = refused.status if refused else answered
+    from huggingface_hub import constants
+
+    chain, place = _chain(error), constants.ENDPOINT
+    response = next((r for e in chain if (r := getattr(e, "response", None)) is not None), None)
+    status = 0 if response is None else response.status_code
     kinds = {base.__name__ for e in chain for base in type(e).__mro__} | {str(status)}
+    kinds |= {errno.errorcode.get(getattr(e, "errno", None), "") for e in chain}
     kinds |= {"http-401"} if status == 401 and place.startswith("http://") else set()
     kinds |= {"5xx"} if status >= 500 else set()
     kinds |= {"Consistency"} if any("onsistency check" in str(e) for e in chain) else set()
@@ -255,16 +225,12 @@ def explain(error: BaseException, name: str, source: str) -> str | None:
     told = next((sentence for names, sentence in SENTENCES if kinds & set(names.split())), None)
     if told is None:
         return None
+    wait = None if response is None else _wait(response)
     sentence = told.format(
         name=name, source=source, place=place, page=f"{place}/{source}", status=status,
-        hub=f"the Hub at {place}" if custom else "the Hub",
-        wait=f"in {int(refused.wait) // 60 + 1} minutes" if refused and refused.wait else "later",
+        hub="the Hub" if place.rstrip("/") == "https://huggingface.co" else f"the Hub at {place}",
+        path=next((e.filename for e in chain if getattr(e, "filename", None)), "the cache"),
+        wait="later" if wait is None else f"in {wait // 60 + 1} minutes",
         error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}",
     )  # fmt: skip
     return sentence[0].upper() + sentence[1:] if told.startswith("{hub}") else sentence
-
-
-def _endpoint() -> tuple[str, bool]:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT, constants.ENDPOINT.rstrip("/") != "https://huggingface.co"

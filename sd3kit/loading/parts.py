@@ -1,15 +1,14 @@
-"""A pipeline's parts from a folder: each is looked at before it is loaded, and what the libraries report is an error.
+"""A pipeline's parts from a folder, each of them whole.
 
 diffusers and transformers load a part whose weights are missing, draw random ones in their place and only report it.
-Here a missing, foreign, mis-shaped or infinite weight is an error that names the part and the tensor.
+Here what they report is an error that names the part and the tensor; where they fail, the part's files are looked at,
+so that the error names the file. A tokenizer must fit its encoder, and each weight must be a number.
 """
 
-import contextlib
 import importlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,21 @@ import torch
 
 from .names import LoadError
 
-# The libraries whose classes are loaded here, and how their weights are called; others are left to the pipeline.
-LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-# What holds a tokenizer's words: transformers reads any of these.
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded here; others are left to the pipeline
+NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+# What the libraries report of a part's weights, and how that is said.
+REPORTED = {
+    "missing_keys": "lacks the weight",
+    "mismatched_keys": "has a weight of another shape than its configuration asks for:",
+    "unexpected_keys": "holds a weight that its configuration does not know:",
+}
 
 
 class Damaged(LoadError):
-    """A file of the folder is missing or damaged; `path` is which."""
+    """A file of the folder is missing or damaged: `path` is which, and `what` is wrong with it."""
 
     def __init__(self, path: Path, what: str):
-        super().__init__(what)
+        super().__init__(f"{path} {what}")
         self.path, self.what = path, what
 
 
@@ -72,188 +75,96 @@ def index(folder: Path) -> dict[str, tuple[str, str]]:
     cls = found.get("_class_name")
     if not isinstance(cls, str) or not cls.startswith("StableDiffusion3"):
         raise Damaged(path, f"describes a {cls}, not a StableDiffusion3Pipeline")
-    parts = {name: value for name, value in found.items() if not name.startswith("_") and isinstance(value, list)}
-    for name in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
-        if name not in parts:
-            raise Damaged(path, f"is damaged: it does not list the {name}")
+    parts = {name: found.get(name) for name in NEEDED}
+    parts |= {name: value for name, value in found.items() if not name.startswith("_") and isinstance(value, list)}
     for name, value in parts.items():
-        if len(value) != 2 or not all(isinstance(word, str | None) for word in value):
+        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(word, str | None) for word in value):
             raise Damaged(path, f"is damaged: it lists no library and class for the {name}")
     return {name: tuple(value) for name, value in parts.items() if all(value)}
 
 
-def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The safetensors that a part is loaded from: one file, or the shards that its index lists.
+def load(folder: Path, given: Collection[str], variant: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Load a pipeline's parts but those that are given, each by its own class.
 
     Raises:
-        Damaged: there are none, or one is missing, cut or no safetensors. A pickle does not count.
+        Damaged: a file is missing or damaged, a part cannot be loaded, or its weights are not what its class needs.
     """
-    middle = f".{variant}" if variant else ""
-    one, many = (folder / f"{stem}{middle}.safetensors{end}" for end in ("", ".index.json"))
-    files = [one]
-    if not os.path.lexists(one):
-        if not os.path.lexists(many):
-            others = sorted(f.name.split(".")[1].partition("-")[0] for f in folder.glob(f"{stem}.*.safetensors*"))
-            if others and not variant:
-                raise Damaged(folder, f'holds weights of another variant only: give variant="{others[0]}"')
-            raise Damaged(one, "is missing")
-        shards = read_json(many).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
-            raise Damaged(many, "is damaged: it lists no files")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    for file in files:
-        with _opened(file):
-            pass
-    return files
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, whose header is read and compared with its length.
-
-    Raises:
-        Damaged: it is missing, cut or no safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    _read(file, 64)
-    try:
-        tensors = safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise Damaged(file, f"is damaged ({str(error).splitlines()[0]})") from error
-    with tensors:
-        yield tensors
-
-
-def variant_of(folder: Path, name: str, variant: str | None) -> str | None:
-    """The variant that a part has: the one that is asked for, or none, as diffusers falls back."""
-    return variant if variant and any((folder / name).glob(f"*.{variant}*.safetensors*")) else None
-
-
-def examine(folder: Path, skip: set[str], variant: str | None) -> dict[str, tuple[str, str]]:
-    """Look at the files of every part before anything is loaded, which takes milliseconds.
-
-    Args:
-        skip: parts that were given, so their files are not needed.
-
-    Returns:
-        The parts to load, as `index` gives them.
-
-    Raises:
-        Damaged: a file of them is missing or damaged, or no part has the variant.
-    """
-    found = {name: value for name, value in index(folder).items() if name not in skip}
-    modules = []
-    for name, (library, cls) in found.items():
-        own = folder / name
-        if library not in LIBRARIES:
-            continue
-        if not own.is_dir():
-            raise Damaged(own, "is missing" if not own.exists() else "is damaged: it is no folder")
-        for path in sorted(own.glob("*.json")):
-            read_json(path) if path.name != "vocab.json" else _read(path)
-        if cls.endswith("Scheduler"):
-            read_json(own / "scheduler_config.json")
-        elif "Tokenizer" in cls:
-            if not any(all((own / file).exists() for file in files) for files in VOCABULARIES):
-                raise Damaged(own / "tokenizer.json", "is missing")
-        elif not cls.endswith(("Processor", "Extractor", "ProcessorFast")):
-            read_json(own / "config.json")
-            modules.append(name)
-    if variant and modules and not any(variant_of(folder, name, variant) for name in modules):
+    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors*")):
         raise Damaged(folder, f"holds no weights of the variant {variant!r}: leave variant out")
-    for name in modules:
-        weight_files(folder / name, LIBRARIES[found[name][0]], variant_of(folder, name, variant))
-    return found
-
-
-def load(folder: Path, found: dict[str, tuple[str, str]], variant: str | None, dtype: torch.dtype) -> dict:
-    """Load the parts that `examine` found, each by its own class.
-
-    Raises:
-        Damaged: a part cannot be loaded, or not all of its weights are what its class needs.
-    """
-    from diffusers.utils import logging as notes
-
     parts: dict[str, Any] = {}
-    verbosity = notes.get_verbosity()
-    notes.set_verbosity_error()  # what it would report is read below
-    try:
-        for name, (library, kind) in found.items():
-            if library in LIBRARIES:
-                parts[name] = _part(folder, name, library, kind, variant, dtype)
-    finally:
-        notes.set_verbosity(verbosity)
+    for name, (library, kind) in index(folder).items():
+        if name in given or library not in LIBRARIES:
+            continue
+        cls = getattr(importlib.import_module(library), kind, None)
+        if cls is None:
+            raise Damaged(folder / "model_index.json", f"asks for {kind}, which this {library} does not have")
+        try:
+            parts[name] = _part(folder, name, cls, variant, dtype)
+        except (torch.OutOfMemoryError, MemoryError, Damaged):
+            raise
+        except Exception as error:
+            look(folder / name)
+            words = (str(error).strip().splitlines() or [""])[0][:300]
+            raise Damaged(folder / name, f"cannot be loaded ({type(error).__name__}: {words})") from error
     _words_fit(folder, parts)
     return parts
 
 
-def _part(folder: Path, name: str, library: str, kind: str, variant: str | None, dtype: torch.dtype) -> Any:
-    cls = getattr(importlib.import_module(library), kind, None)
-    if cls is None:
-        raise Damaged(folder / "model_index.json", f"asks for {kind}, which this {library} does not have")
-    try:
-        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-            return cls.from_pretrained(folder, subfolder=name)
-        part, report = cls.from_pretrained(
-            folder, subfolder=name, use_safetensors=True, output_loading_info=True,
-            variant=variant_of(folder, name, variant), dtype=dtype,
-        )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        words = (str(error).strip().splitlines() or [""])[0][:200]
-        reason = next(
-            wrong_weights(folder, name, library, cls, variant), f"cannot be loaded ({type(error).__name__}: {words})"
-        )
-        raise Damaged(folder / name, reason) from error
-    for key, words in (
-        ("missing_keys", "lacks the weight"),
-        ("mismatched_keys", "has a weight of another shape than its configuration asks for:"),
-        ("unexpected_keys", "holds a weight that its configuration does not know:"),
-    ):
+def _part(folder: Path, name: str, cls: type, variant: str | None, dtype: torch.dtype) -> Any:
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        return cls.from_pretrained(folder, subfolder=name)
+    read_json(folder / name / "config.json")  # without one transformers takes another model's settings
+    own = variant if variant and any((folder / name).glob(f"*.{variant}*.safetensors*")) else None
+    part, report = cls.from_pretrained(
+        folder, subfolder=name, variant=own, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for key, words in REPORTED.items():
         if tensors := sorted(k if isinstance(k, str) else k[0] for k in report.get(key) or ()):
-            raise Damaged(folder / name, f"{words} {tensors[0]}{_more(tensors)}")
+            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+            raise Damaged(folder / name, f"{words} {tensors[0]}{more}")
     return part
 
 
-def _more(tensors: list[str]) -> str:
-    return f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+def look(folder: Path) -> None:
+    """Look for what is wrong with the files of a part that could not be loaded.
 
+    Raises:
+        Damaged: the folder is missing, or the first file that is cut, no JSON, a link to nothing, or a pointer.
+    """
+    from safetensors import SafetensorError, safe_open
 
-def wrong_weights(folder: Path, name: str, library: str, cls: type, variant: str | None) -> Iterator[str]:
-    """Why a part's weights do not fit its configuration, found on the meta device after a library has refused them."""
-    try:
-        config = cls.config_class.from_pretrained(folder, subfolder=name) if hasattr(cls, "config_class") else None
-        with torch.device("meta"):
-            model = cls(config) if config is not None else cls.from_config(cls.load_config(folder, subfolder=name))
-        wanted = {key: list(value.shape) for key, value in model.state_dict().items()}
-    except Exception:  # the configuration itself is wrong; the library's own words are told then
-        return
-    there = {}
-    for file in weight_files(folder / name, LIBRARIES[library], variant_of(folder, name, variant)):
-        with _opened(file) as tensors:
-            there |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
-    for key in wanted.keys() & there.keys():
-        if wanted[key] != there[key]:
-            yield f"has the shape {there[key]} in the weight {key}, where its configuration asks for {wanted[key]}"
-    if missing := sorted(wanted.keys() - there.keys()):
-        yield f"lacks the weight {missing[0]}{_more(missing)}"
+    if not folder.is_dir():
+        raise Damaged(folder, "is missing" if not folder.exists() else "is damaged: it is no folder")
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            read_json(file)
+        elif file.suffix == ".safetensors":
+            _read(file, 64)
+            try:
+                with safe_open(file, "pt"):  # which reads the header and compares it with the file's length
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise Damaged(file, f"is damaged ({str(error).splitlines()[0]})") from error
 
 
 def _words_fit(folder: Path, parts: dict) -> None:
     """A tokenizer must read, and know no more words than its encoder: otherwise drawing fails, or reads other words."""
     for number in ("", "_2", "_3"):
-        tokenizer, encoder = parts.get(f"tokenizer{number}"), parts.get(f"text_encoder{number}")
+        name, encoder = f"tokenizer{number}", parts.get(f"text_encoder{number}")
+        tokenizer = parts.get(name)
         if tokenizer is None:
             continue
-        try:
-            read = tokenizer("a fox").input_ids
-        except Exception as error:
-            raise Damaged(folder / f"tokenizer{number}", f"cannot read a prompt ({type(error).__name__})") from error
-        if not read or (encoder is not None and len(tokenizer) > encoder.config.vocab_size):
-            known = f"; the text encoder knows {encoder.config.vocab_size}" if encoder is not None else ""
-            raise Damaged(folder / f"tokenizer{number}", f"is another model's: it has {len(tokenizer)} words{known}")
+        try:  # where its words are missing, transformers makes one that knows none
+            reads = "fox" in tokenizer.decode(tokenizer("a fox").input_ids).replace(" ", "")
+        except Exception:
+            reads = False
+        if not reads:
+            look(folder / name)
+            raise Damaged(folder / name, "cannot read a prompt: its words, such as tokenizer.json, are missing")
+        if encoder is not None and len(tokenizer) > (known := encoder.config.vocab_size):
+            words = f"has {len(tokenizer)} words, and the text encoder knows {known}"
+            raise Damaged(folder / name, f"is another model's: it {words}")
 
 
 @torch.no_grad()
@@ -266,13 +177,8 @@ def check_finite(folder: Path, parts: dict) -> None:
     for name, module in parts.items():
         if not isinstance(module, torch.nn.Module):
             continue
-        groups: dict[tuple, list] = {}
         for key, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             # 8-bit and 4-bit numbers have no arithmetic here, and what is offloaded has no numbers
-            if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and tensor.device.type != "meta":
-                groups.setdefault((tensor.device, tensor.dtype), []).append((key, torch.aminmax(tensor)))
-        for own in groups.values():  # NaN goes through both ends; one wait for each group
-            ends = torch.stack([end for _, both in own for end in both])
-            good = ends.isfinite().reshape(-1, 2).all(1).tolist()
-            if bad := sorted(key for (key, _), fine in zip(own, good, strict=True) if not fine):
-                raise Damaged(folder / name, f"holds NaN or infinity in the weight {bad[0]}{_more(bad)}")
+            numbers = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.device.type != "meta"
+            if numbers and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # both ends show NaN
+                raise Damaged(folder / name, f"holds NaN or infinity in the weight {key}")

@@ -1,6 +1,7 @@
 """`load`: a plain diffusers pipeline for nano, the real SD3 models, or any folder."""
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -64,13 +65,14 @@ def load(
         dtype = picked
     else:
         reason = "as asked"
-    if weights == "random":
-        pipe = _random(name, dtype, device, kwargs)
-        reason += "; its weights are random, so it draws noise"
-    elif source == str(TURBO):
-        pipe = _turbo(_trained("nano", str(NANO), dtype, device, kwargs))
-    else:
-        pipe = _trained(name, source, dtype, device, kwargs)
+    try:
+        if weights == "random":
+            pipe = _random(name, dtype, device, kwargs)
+            reason += "; its weights are random, so it draws noise"
+        else:
+            pipe = _trained(name, source, dtype, device, kwargs)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
     pipe.own_settings = own_settings(name)
     if not quiet:
         print(f"{name} on {device} in {str(dtype).removeprefix('torch.')}: {reason}.")
@@ -79,94 +81,79 @@ def load(
 
 @contextlib.contextmanager
 def undisturbed(local: bool) -> Iterator[None]:
-    """Keep the libraries' notes on optional packages, and for a local folder their progress bars, off the page."""
+    """Keep the libraries' notes on weights and optional packages, and for a local folder their progress bars, away."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    verbosity, packer = transformers_logging.get_verbosity(), logging.getLogger("bitsandbytes")
-    level = packer.level
-    libraries = (diffusers_logging, transformers_logging)
-    shown = [library.is_progress_bar_enabled() for library in libraries]
-    transformers_logging.set_verbosity_error()
-    packer.setLevel(logging.ERROR)  # it warns of kernels that this processor could have
-    if local:
-        for library in libraries:
-            library.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("diffusers.models", "transformers", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    bars = [one for one in (diffusers_logging, transformers_logging) if local and one.is_progress_bar_enabled()]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for library in bars:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        packer.setLevel(level)
-        for library, was in zip(libraries, shown, strict=True):
-            if was:
-                library.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for library in bars:
+            library.enable_progress_bar()
 
 
 def _trained(name: str, source: str, dtype: torch.dtype, device: str, kwargs: dict):
-    local = Path(source).is_dir()
     options = {key: kwargs[key] for key in hub.OPTIONS if key in kwargs}
     kwargs = {key: value for key, value in kwargs.items() if key not in hub.OPTIONS}
-    variant, folder = kwargs.pop("variant", None), Path(source)
+    variant, turbo = kwargs.pop("variant", None), source == str(TURBO)
+    folder, local = NANO if turbo else Path(source), Path(source).is_dir()
     given = {key for key in kwargs if key.rstrip("_23") in PARTS}
     # placed or quantized by the libraries: then they load all at once, and their reports are shown
     theirs = kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None
     try:
-        with undisturbed(local):
+        with contextlib.nullcontext() if theirs else undisturbed(local):
             from diffusers import StableDiffusion3Pipeline
 
             if not local:
                 folder = hub.folder(name, source, variant, given, **options)
-            found = parts.examine(folder, given, variant)
-            loaded = {} if theirs else parts.load(folder, found, variant, dtype)
-            if not theirs:
-                pipe = StableDiffusion3Pipeline.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True, **kwargs | loaded
-                )
-        if theirs:
+            loaded = {} if theirs else parts.load(folder, given, variant, dtype)
+            for part in sorted(parts.index(folder).keys() - given) if theirs else ():
+                parts.look(folder / part)
             pipe = StableDiffusion3Pipeline.from_pretrained(
-                folder, dtype=dtype, variant=variant, use_safetensors=True, **kwargs
+                folder, dtype=dtype, variant=variant, use_safetensors=True, **kwargs | loaded
             )
-        if "device_map" not in kwargs:
+            if turbo:
+                _fuse(pipe)
+        if kwargs.get("device_map") is None:
             pipe.to(device)
         parts.check_finite(folder, loaded)
         return pipe
     except parts.Damaged as error:
-        raise LoadError(_again(error, name, source, folder, local)) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
+        raise LoadError(_again(error, name, source, folder)) from error
 
 
-def _turbo(pipe):
-    """nano's pipeline with the LoRA of nano-turbo fused into its weights, and the scheduler beside it."""
+def _fuse(pipe) -> None:
+    """Fuse nano-turbo's LoRA into nano's weights, and take the scheduler beside it."""
     try:
-        for file in (LORA, "scheduler/scheduler_config.json"):
-            if not (TURBO / file).is_file():
-                raise parts.Damaged(TURBO / file, "is missing")
         # pipe.load_lora_weights does the same, and warns that there is none for the text encoders
         pipe.transformer.load_lora_adapter(TURBO, prefix="transformer", weight_name=LORA, adapter_name="turbo")
         pipe.fuse_lora(["transformer"])
         pipe.unload_lora_weights()
         pipe.scheduler = type(pipe.scheduler).from_pretrained(TURBO, subfolder="scheduler")
-        parts.check_finite(TURBO, {"transformer": pipe.transformer})
-        return pipe
     except Exception as error:  # peft, diffusers and safetensors each have errors of their own
-        what = str(error.path) if isinstance(error, parts.Damaged) else str(TURBO)
-        why = error.what if isinstance(error, parts.Damaged) else f"cannot be loaded ({type(error).__name__})"
-        raise LoadError(
-            f"{what} of nano-turbo {why}: install sd3kit again, or make it with `python -m sd3kit.recipe turbo`."
-        ) from error
+        parts.look(TURBO)
+        parts.look(TURBO / "scheduler")
+        raise parts.Damaged(TURBO, f"cannot be loaded ({type(error).__name__})") from error
 
 
-def _again(error: parts.Damaged, name: str, source: str, folder: Path, local: bool) -> str:
+def _again(error: parts.Damaged, name: str, source: str, folder: Path) -> str:
     """What is damaged, and how to get it again; never by deleting what may be somebody's own."""
-    path = error.path.relative_to(folder) if error.path.is_relative_to(folder) else error.path
-    if not local:
-        only = f" --include '{path}/*'" if error.path.is_dir() else f" {path}"
-        only = "" if error.path == folder else only
-        return f"{path} of {name} {error.what}: `hf download {source}{only} --force-download` gets it again."
-    if folder == NANO:
-        return f"{error.path} of nano {error.what}: install sd3kit again, or take the file from its repository."
-    return f"{error.path} {error.what}: copy it again from where it came from, or save the pipeline again."
+    if source in (str(NANO), str(TURBO)):
+        return f"{error}: install sd3kit again, or take it from the repository of sd3kit."
+    if Path(source).is_dir():
+        return f"{error}: copy it again from where it came from, or save the pipeline again."
+    path = error.path.relative_to(folder)
+    only = "" if error.path == folder else f" --include '{path}/*'" if error.path.is_dir() else f" {path}"
+    return f"{path} of {name} {error.what}: `hf download {source}{only} --force-download` gets it again."
 
 
 def build(model: str, part: str) -> torch.nn.Module:
@@ -191,26 +178,19 @@ def _random(name: str, dtype: torch.dtype, device: str, kwargs: dict):
     """The pipeline of a name at its true size, its weights drawn at random on the device itself."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
-    if name in ("nano", "nano-turbo"):
-        for module in parts.values():
-            if isinstance(module, torch.nn.Module):
-                for weight in module.parameters():
-                    torch.nn.init.normal_(weight, std=0.02)
-    elif name not in configs.HUB:
+    if name not in MODELS:
         raise LoadError(f'weights="random" knows the configurations of {", ".join(MODELS)} only, not of {name!r}.')
+    parts = _trained("nano", str(NANO), dtype, "cpu", {}).components
+    modules = [part for part, module in parts.items() if isinstance(module, torch.nn.Module)]
+    if name in ("nano", "nano-turbo"):
+        for weight in itertools.chain(*(parts[part].parameters() for part in modules)):
+            torch.nn.init.normal_(weight, std=0.02)
     else:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                for part in [part for part, module in parts.items() if isinstance(module, torch.nn.Module)]:
-                    if kwargs.get(part, ...) is not None:
-                        parts[part] = build(name, part)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise LoadError(
-                f"{name} does not fit on {device} in {dtype}: leave out the T5 (text_encoder_3=None)."
-            ) from error
+                parts |= {part: build(name, part) for part in modules if kwargs.get(part, ...) is not None}
         finally:
             torch.set_default_dtype(previous)
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=configs.SHIFT)

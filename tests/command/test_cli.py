@@ -12,6 +12,13 @@ from PIL import Image
 from notebooks import reset
 from sd3kit.command import cli
 from sd3kit.explore import from_png, text_to_image
+from sd3kit.loading import pipeline
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, pipe):
+    """What is drawn in this process is drawn by the tests' own nano; other processes load theirs."""
+    monkeypatch.setattr(pipeline, "load", lambda *args, **more: pipe)
 
 
 def test_generate_draws_the_prompt(tmp_path, judge, capsys):
@@ -26,7 +33,7 @@ def test_generate_draws_the_prompt(tmp_path, judge, capsys):
 def test_the_same_seed_gives_the_same_picture(tmp_path):
     files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for file, seed in zip(files, "778", strict=True):
-        assert cli.main(["generate", "a fox", "-o", str(file), "--seed", seed, "--steps", "4"]) == 0
+        assert cli.main(["generate", "a fox", "-o", str(file), "--seed", seed, "--steps", "2"]) == 0
     a, b = (file.read_bytes() for file in files[:2])
     assert a == b
     assert Image.open(files[0]).tobytes() != Image.open(files[2]).tobytes()
@@ -140,11 +147,6 @@ def test_check_lists_every_model_and_imports_no_diffusers():
     from sd3kit import MODELS
 
     assert all(name in done.stdout for name in MODELS)
-
-
-def test_the_installed_command_runs():
-    done = subprocess.run([sys.executable, "-m", "sd3kit", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip()
 
 
 def test_no_line_of_the_libraries_reaches_the_terminal(tmp_path):

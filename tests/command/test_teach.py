@@ -6,11 +6,11 @@ import lessons
 import nbformat
 import yaml
 
-from sd3kit import teach
+from notebooks import strip
 
 
 def test_strip_leaves_the_lessons_whole_but_for_their_solutions(tmp_path, capsys):
-    assert teach.main(["strip", str(lessons.FOLDER), "-o", str(tmp_path / "learners")]) == 0
+    assert strip.main([str(lessons.FOLDER), "-o", str(tmp_path / "learners")]) == 0
     written = sorted((tmp_path / "learners").glob("*.ipynb"))
     assert [path.name for path in written] == [path.name for path in lessons.LESSONS]
     assert capsys.readouterr().out.count(".ipynb") == len(written)
@@ -35,7 +35,7 @@ def test_strip_says_what_is_wrong(tmp_path, capsys):
         (lessons.FOLDER, lessons.FOLDER, "holds the originals"),
         (tmp_path, tmp_path / "out", "not a notebook"),
     ):
-        assert teach.main(["strip", str(source), "-o", str(out)]) == 2
+        assert strip.main([str(source), "-o", str(out)]) == 2
         assert words in capsys.readouterr().err
 
 

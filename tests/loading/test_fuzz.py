@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as some  # noqa: E402
 
-from sd3kit import explore, pictures, records, teach  # noqa: E402
-from sd3kit.command import generate  # noqa: E402
+from notebooks import strip  # noqa: E402
+from sd3kit import explore, pictures, records  # noqa: E402
 from sd3kit.dreambooth import Settings, data, settings, subject  # noqa: E402
 from sd3kit.errors import UserError  # noqa: E402
 from sd3kit.loading import parts  # noqa: E402
@@ -50,9 +50,6 @@ def test_files_of_json(tmp_path_factory, data):
     file.write_bytes(data)
     found = or_one_sentence(lambda: parts.read_json(file))
     assert found is None or isinstance(found, dict)
-    stored = or_one_sentence(lambda: generate._stored(file))
-    assert stored is None or isinstance(stored, dict)
-    assert all(isinstance(row["file_name"], str) for row in generate._rows(file))
 
 
 @fuzz
@@ -73,7 +70,7 @@ def test_a_weights_file(tmp_path_factory, where, bytes_, short):
     whole = (NANO / "text_encoder" / "model.safetensors").read_bytes()
     changed = whole[:where] + bytes_ + whole[where + len(bytes_) :]
     (folder / "model.safetensors").write_bytes(changed[: 100 + where] if short else changed)
-    or_one_sentence(lambda: parts.weight_files(folder, "model", None))
+    or_one_sentence(lambda: parts.look(folder))
 
 
 @fuzz
@@ -82,7 +79,7 @@ def test_a_notebook(tmp_path_factory, value):
     folder = tmp_path_factory.getbasetemp() / "notebooks"
     folder.mkdir(exist_ok=True)
     (folder / "a.ipynb").write_text(json.dumps({"cells": value, "metadata": {}}))
-    or_one_sentence(lambda: teach.strip(folder, folder / "out"))
+    or_one_sentence(lambda: strip.strip(folder, folder / "out"))
 
 
 def png(text: str) -> bytes:
@@ -180,21 +177,3 @@ def test_the_progress_of_a_checkpoint(tmp_path_factory, content):
     alone = types.SimpleNamespace(num_processes=1)
     found = or_one_sentence(lambda: saving.read_progress(Settings(seed=0), alone, folder))
     assert found is None or all(isinstance(value, int) for value in found.values())
-
-
-FILES = sorted(path.relative_to(NANO) for path in NANO.rglob("*") if path.suffix in (".json", ".safetensors"))
-
-
-@fuzz
-@hypothesis.given(some.sampled_from(FILES), some.none() | some.binary(max_size=20) | JSON.map(json.dumps))
-def test_a_folder_of_a_model(tmp_path_factory, changed, content):
-    """One file of it is another or gone: what looks at a folder before it is loaded says so, or finds its parts."""
-    folder = tmp_path_factory.mktemp("model")
-    for path in FILES:
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).symlink_to(NANO / path)
-    (folder / changed).unlink()
-    if content is not None:
-        (folder / changed).write_bytes(content if isinstance(content, bytes) else content.encode())
-    found = or_one_sentence(lambda: parts.examine(folder, set(), None))
-    assert found is None or "transformer" in found

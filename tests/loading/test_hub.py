@@ -1,10 +1,9 @@
 """A Hub that misbehaves in thirty ways: each ends in time, with a sentence that names the cause."""
 
-import json
-import os
+import contextlib
+import io
 import re
-import subprocess
-import sys
+import tempfile
 import time
 import traceback
 
@@ -39,8 +38,8 @@ MODES = {
     "cut": "(was cut|is not a Hub)",
     "reset": "(was cut|cannot be reached)",
     "no-http": "(was cut|is not a Hub)",
-    "circle": "in a circle",
-    "circle-elsewhere": "(in a circle|is not a Hub)",
+    "circle": "is not a Hub",
+    "circle-elsewhere": "is not a Hub",
     "slow": "(does not answer in time|is not a Hub)",
     "silent": "does not answer in time",
     "late-no-file": "lacks a file of a diffusers pipeline",
@@ -48,81 +47,67 @@ MODES = {
     "late-rate": r"\(429\): try again in 61 minutes",
     "late-html": "is not a Hub",
     "late-cut": "(was cut|does not answer in time)",
-    "late-circle": "in a circle",
+    "late-circle": "is not a Hub",
 }
-CHILD = """
-import contextlib, io, json, os, sys, time
-import sd3kit
-from diffusers import StableDiffusion3Pipeline  # which takes seconds, and is no part of what is timed
-from sd3kit.loading import hub
-hub.PATIENCE = 5.0  # so that the test is short
-WAYS = ("good", "other", "not-found", "rate", "html", "reset", "late-error", "late-cut")
-
-def ask(modes):
-    said_of = []
-    for mode in modes:
-        for way in ("load", "file") if mode in WAYS else ("load",):
-            start, said, noise = time.monotonic(), None, io.StringIO()
-            with contextlib.redirect_stderr(noise):
-                try:
-                    if way == "load":
-                        sd3kit.load(f"x/{mode}", quiet=True)
-                    else:
-                        hub.file(f"x/{mode}", f"x/{mode}", "transformer/config.json")
-                except Exception as error:
-                    said = [type(error).__name__, str(error)]
-            seconds = time.monotonic() - start
-            said_of.append({"mode": mode, "way": way, "seconds": seconds, "said": said, "noise": noise.getvalue()})
-    return said_of
-
-def at_once(parts):
-    "Each part in a process of its own: what takes long is waiting."
-    if not hasattr(os, "fork"):
-        return [row for part in parts for row in ask(part)]
-    pipes = []
-    for part in parts:
-        pipes.append(os.pipe())
-        if os.fork() == 0:
-            with os.fdopen(pipes[-1][1], "w") as end:
-                json.dump(ask(part), end)
-            os._exit(0)
-        os.close(pipes[-1][1])
-    return [row for own, _ in pipes for row in json.load(os.fdopen(own))]
-
-modes = sys.argv[1:]
-rows = at_once([["good"]]) + at_once([modes[n::6] for n in range(6)])
-print(json.dumps([rows, at_once([["bye", "good", "other"]])]))
-"""
+FILE_TOO = ("not-found", "rate", "html", "reset", "late-error", "late-cut")  # as the DreamBooth command asks
 TOKEN = "hf_secretsecretsecretsecretsecretsecr"
 
 
+@contextlib.contextmanager
+def a_hub(patience: float):
+    """Let this process's Hub be one that misbehaves, and its cache be empty; gives the tokens that were sent."""
+    with (
+        serving(NANO) as (address, tokens),
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as home,
+    ):
+        patch.setattr(hub, "PATIENCE", patience)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", home)
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(hf_api.api, "endpoint", address)
+        patch.setenv("HF_TOKEN", TOKEN)
+        hub._say_kept.cache_clear()
+        yield tokens
+
+
+def ask(mode: str, way: str = "load") -> dict:
+    start, said, noise = time.monotonic(), None, io.StringIO()
+    with contextlib.redirect_stderr(noise):
+        try:
+            if way == "load":
+                sd3kit.load(f"x/{mode}", quiet=True)
+            else:
+                hub.file(f"x/{mode}", f"x/{mode}", "transformer/config.json")
+        except Exception as error:
+            assert TOKEN not in "".join(traceback.format_exception(error))
+            said = [type(error).__name__, str(error)]
+    assert TOKEN not in noise.getvalue()
+    return {"seconds": time.monotonic() - start, "said": said, "noise": noise.getvalue()}
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What a process says that asks for each of these models; after `bye` nobody listens any more."""
-    home = tmp_path_factory.mktemp("home")
-    with serving(NANO) as (address, tokens):
-        env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-        env["SD3KIT_DEVICE"] = "cpu"  # a fork cannot use CUDA
-        command = [sys.executable, "-c", CHILD, *MODES]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    before, after = ({(row["mode"], row["way"]): row for row in rows} for rows in json.loads(done.stdout))
+def answers():
+    """What is said of each of these models; after `bye` nobody listens any more."""
+    ways = [(mode, way) for mode in MODES for way in ("load", "file") if way == "load" or mode in FILE_TOO]
+    good, gone = (
+        [(mode, way) for mode in modes for way in ("load", "file")] for modes in (["good"], ["good", "other"])
+    )
+    with a_hub(patience=2.0) as tokens:
+        before = {pair: ask(*pair) for pair in good + ways}
+        ask("bye")
+        after = {pair: ask(*pair) for pair in gone}
     return before, after, tokens
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_hub_that_misbehaves(mode, answers):
-    """`file`, which the DreamBooth command asks first, goes the same way; some of the modes show it."""
-    for row in (row for row in answers[0].values() if row["mode"] == mode):
-        check(row, MODES[mode])
-
-
-def check(row, words):
-    kind, sentence = row["said"]
-    assert kind == "LoadError" and "\n" not in sentence and sentence.endswith(".")
-    assert re.search(words, sentence)
-    assert row["seconds"] < hub.PATIENCE  # its own is 5 seconds; a busy machine may add some
+    for row in (row for (asked, _), row in answers[0].items() if asked == mode):
+        kind, sentence = row["said"]
+        assert kind == "LoadError" and "\n" not in sentence and sentence.endswith(".")
+        assert re.search(MODES[mode], sentence)
+        assert row["seconds"] < 15  # a patience is 2 seconds here; a busy machine adds some
 
 
 def test_a_good_hub_loads_and_no_token_goes_over_plain_http(answers):
@@ -159,12 +144,13 @@ class LocalProtocolError(Exception):
     """As httpx calls it when a header holds what none may hold."""
 
 
-def test_a_token_with_a_line_end_is_not_told():
-    def fails():
+def test_a_token_with_a_line_end_is_not_told(monkeypatch):
+    def fails(*args, **more):
         raise LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}\\n'")
 
+    monkeypatch.setattr(hub, "_first_answers", fails)
     with pytest.raises(sd3kit.LoadError, match="characters that no token has") as caught:
-        hub._or_copy("medium", "a/b", fails, fails)
+        hub._or_copy("medium", "a/b", "x.json", fails, {"local_files_only": True})
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 
@@ -183,22 +169,16 @@ PUSHES = {
     "a-list": "is not a Hub",
     "cut": "(was cut|is not a Hub)",
     "reset": "(was cut|cannot be reached)",
-    "circle": "in a circle",
+    "circle": "is not a Hub",
     "slow": "does not answer in time",
     "bye": "has no model",
     "gone": "cannot be reached",
 }
 
 
-def test_a_training_s_repository_is_asked_for_in_the_same_way(monkeypatch, capsys):
+def test_a_training_s_repository_is_asked_for_in_the_same_way(capsys):
     """Before the training: a good Hub, one that misbehaves, and one that is gone; the token stays here."""
-    monkeypatch.setattr(hub, "PATIENCE", 2.0)
-    monkeypatch.setattr(hub, "_warned", set())
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with serving(NANO) as (address, tokens):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(hf_api.api, "endpoint", address)
-        monkeypatch.setattr(hub, "_endpoint", lambda: (address, True))
+    with a_hub(patience=2.0) as tokens:
         given = {"push_to_hub": True, "hub_token": TOKEN}
         assert reporting.create(Settings(hub_model_id="good", **given)) == "x/good"
         for mode, words in PUSHES.items():

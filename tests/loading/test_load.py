@@ -68,55 +68,32 @@ def test_nano_turbo_is_nano_with_its_lora_fused(turbo, pipe, judge):
     plain.scheduler = type(plain.scheduler).from_pretrained(TURBO, subfolder="scheduler")
     for one in (plain, turbo):
         one.set_progress_bar_config(disable=True)
-    asked = ask("single", 8, judge.subjects, True, 0)
+    asked = ask("single", 4, judge.subjects, True, 0)
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
     drawn = pictures(turbo, [caption(scene) for scene in asked], **settings)
     as_loaded = pictures(plain, [caption(asked[0])], **settings)[0]
     change = np.abs(np.asarray(as_loaded, np.float32) - np.asarray(drawn[0], np.float32))
     assert change.mean() < 1, "diffusers' own loading gives the same picture"
     right = [judge_scene(judge, *pair)["subject"] for pair in zip(drawn, asked, strict=True)]
-    assert sum(right) >= 6, "the adapter belongs to these weights"
+    assert sum(right) >= 3, "the adapter belongs to these weights"
 
 
 def test_a_missing_or_damaged_adapter_is_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(names, "TURBO", tmp_path)
     monkeypatch.setattr(pipeline, "TURBO", tmp_path)
-    with pytest.raises(sd3kit.LoadError, match=r"of nano-turbo is missing: .*`python -m sd3kit\.recipe turbo`"):
+    with pytest.raises(sd3kit.LoadError, match=r"scheduler is missing: install sd3kit again"):
         sd3kit.load("nano-turbo")
     shutil.copytree(TURBO, tmp_path, dirs_exist_ok=True)
     (tmp_path / pipeline.LORA).write_bytes(b"no weights")
-    with pytest.raises(sd3kit.LoadError, match=r"cannot be loaded \(SafetensorError\)"):
+    with pytest.raises(sd3kit.LoadError, match=rf"{pipeline.LORA} is damaged .*: install sd3kit again"):
         sd3kit.load("nano-turbo")
 
 
-def copy_of_nano(folder):
-    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    return folder
-
-
-def test_a_saved_folder_loads(tmp_path):
-    assert type(sd3kit.load(copy_of_nano(tmp_path / "mine"), quiet=True)) is StableDiffusion3Pipeline
-
-
-@pytest.mark.parametrize("keep", [0, 1000])
-def test_a_damaged_weights_file(tmp_path, keep):
-    file = copy_of_nano(tmp_path / "mine") / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(sd3kit.LoadError, match="damaged"):
-        sd3kit.load(tmp_path / "mine")
-
-
-def test_a_missing_file(tmp_path):
-    (copy_of_nano(tmp_path / "mine") / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(sd3kit.LoadError, match="is missing"):
-        sd3kit.load(tmp_path / "mine")
-
-
 def test_a_pickle_is_never_opened(tmp_path):
-    vae = copy_of_nano(tmp_path / "mine") / "vae"
+    vae = shutil.copytree(NANO, tmp_path / "mine") / "vae"
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, vae / "diffusion_pytorch_model.bin")
-    with pytest.raises(sd3kit.LoadError, match="is missing"):
+    with pytest.raises(sd3kit.LoadError, match=r"no file named diffusion_pytorch_model\.safetensors"):
         sd3kit.load(tmp_path / "mine")
 
 
@@ -203,23 +180,19 @@ def test_random_knows_only_the_named_models():
         sd3kit.load("someone/else", weights="random")
 
 
-@pytest.mark.parametrize(("name", "billions"), [("medium", 2.03), ("3.5-medium", 2.24), ("3.5-large", 8.06)])
-def test_configurations_give_the_published_sizes(name, billions):
-    """Rounded by their cards: Medium 2B (the announcement), 3.5 Medium 2.5B, 3.5 Large 8.1B."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
+@pytest.mark.parametrize(
+    ("name", "part", "billions"),
+    [
+        ("medium", "transformer", 2.03), ("3.5-medium", "transformer", 2.24), ("3.5-large", "transformer", 8.06),
+        ("medium", "text_encoder", 0.124), ("medium", "text_encoder_2", 0.695), ("medium", "text_encoder_3", 4.76),
+        ("medium", "vae", 0.0838),
+    ],
+)  # fmt: skip
+def test_configurations_give_the_published_sizes(name, part, billions):
+    """Rounded by their cards: Medium 2B (the announcement), 3.5 Medium 2.5B, 3.5 Large 8.1B, T5-XXL's encoder 4.7B."""
     with torch.device("meta"):
-        parts = [
-            SD3Transformer2DModel(**configs.TRANSFORMER[name]),
-            AutoencoderKL(**configs.VAE),
-            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_L)),
-            CLIPTextModelWithProjection(CLIPTextConfig(**configs.CLIP_G)),
-            T5EncoderModel(T5Config(**configs.T5_XXL)),
-        ]
-    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
-    assert counts[0] / 1e9 == pytest.approx(billions, rel=0.02)
-    assert sum(counts) == configs.PARAMETERS[name]
+        count = sum(weight.numel() for weight in pipeline.build(name, part).parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.hub

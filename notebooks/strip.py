@@ -1,4 +1,4 @@
-"""For teachers: `python -m sd3kit.teach strip` writes notebooks without their solutions and outputs."""
+"""For teachers: `python notebooks/strip.py notebooks -o FOLDER` writes lessons without their solutions and outputs."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import files
-from .errors import UserError, answer
+from sd3kit import files
+from sd3kit.errors import UserError, answer
 
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>\n*", re.DOTALL)
 
@@ -60,8 +60,7 @@ def strip(source: Path, out: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(prog="python -m sd3kit.teach", description=__doc__)
-    top.add_argument("command", choices=("strip",))
+    top = argparse.ArgumentParser(prog="python notebooks/strip.py", description=__doc__)
     top.add_argument("source", type=Path, help="the folder with the notebooks, or one of them")
     top.add_argument("-o", "--out", type=Path, required=True, help="the folder for the learners")
     options = top.parse_args(arguments)
