@@ -73,6 +73,7 @@ class Pool:
         pinned = device.type == "cuda"  # or each copy would wait for all that the GPU has to do
         self.drawn = iter(torch.utils.data.DataLoader(drawn, batch_size=None, num_workers=workers, pin_memory=pinned))
         self.vae, self.capacity, self.count = vae, capacity // self.at_once * self.at_once, 0
+        self.filled = torch.zeros((), device=device)  # a CUDA graph of `sample` reads it, and sees it grow
         self.latents = torch.empty(self.capacity, 16, 16, 16, device=device)
         self.clip = torch.empty(self.capacity, CAPTIONS, CLIP_SHORT, dtype=torch.short, device=device)
         self.t5 = torch.empty(self.capacity, CAPTIONS, T5_SHORT, dtype=torch.short, device=device)
@@ -88,13 +89,14 @@ class Pool:
             self.latents[at] = latents * self.vae.config.scaling_factor
             self.clip[at], self.t5[at], self.letters[at] = rest
             self.count += self.at_once
+            self.filled.fill_(min(self.count, self.capacity))
 
     def sample(self, count: int) -> Batch:
         """So many of the scenes, each with one of its captions, cut to the longest of them on a CPU.
 
         A GPU keeps one length: reading the longest would make it wait.
         """
-        i = torch.randint(min(self.count, self.capacity), (count,), device=self.latents.device)
+        i = (torch.rand(count, device=self.latents.device) * self.filled).long()
         j = torch.randint(CAPTIONS, (count,), device=self.latents.device)
         ids = [each[i, j].long() for each in (self.clip, self.t5)]
         if self.latents.device.type == "cpu":

@@ -217,7 +217,7 @@ class Text(torch.nn.Module):
     def encode(self, clip: torch.Tensor, t5: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` for ids as `tokens` gives them."""
         pads = (tokenizer.pad_token_id for tokenizer in self.tokenizers)
-        ids = [torch.where(given < 0, pad, given) for given, pad in zip((clip, clip, t5), pads, strict=True)]
+        ids = [given.masked_fill(given < 0, pad) for given, pad in zip((clip, clip, t5), pads, strict=True)]
         first = self.text_encoder(ids[0], output_hidden_states=True)
         second = self.text_encoder_2(ids[1], output_hidden_states=True)
         third = self.text_encoder_3(ids[2])[0]

@@ -1,5 +1,6 @@
 """The recipe in small: it learns, it continues where it stopped, and checkpoints are whole or not there."""
 
+import contextlib
 import functools
 import io
 import json
@@ -8,7 +9,9 @@ import tarfile
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
@@ -49,21 +52,75 @@ def test_the_learning_rate_falls_only_at_the_end():
     assert 0.02 < training.cosine(0.8, 0.6, 0.02) < 1
 
 
-def test_muon_in_float32_takes_the_same_step():
-    """The same direction as torch's own bfloat16, to bfloat16's precision, and torch's own afterwards."""
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.9999), (torch.float32, 0.999)])
+def test_muon_on_stacks_takes_torchs_steps(dtype, near):
+    """To bfloat16's precision, also with a state that torch's left and with another rate; torch reads its state."""
     torch.manual_seed(0)
-    start, gradient = torch.randn(32, 64), torch.randn(32, 64)
+    shapes = [(32, 64), (64, 32), (48, 48), (32, 64), (48, 48)]
+    start, pushes = [torch.randn(shape) for shape in shapes], [[torch.randn(s) for s in shapes] for _ in range(4)]
+    torchs = dict(lr=0.02, weight_decay=0.0, ns_steps=4, adjust_lr_fn="match_rms_adamw")
     ends = []
-    for wanted in (False, True):
-        weight = torch.nn.Parameter(start.clone())
-        weight.grad = gradient.clone()
-        inner = torch.Tensor.bfloat16
-        with training.muon_in_float32(wanted):
-            torch.optim.Muon([weight], lr=1.0, weight_decay=0.0).step()
-        assert torch.Tensor.bfloat16 is inner
-        ends.append((weight.detach() - start).flatten())
-    assert torch.cosine_similarity(*ends, dim=0) > 0.999
-    assert not torch.equal(*ends)
+    for kinds in ((torch.optim.Muon, torch.optim.Muon), (torch.optim.Muon, training.Muon), (training.Muon,) * 2):
+        weights, state = [torch.nn.Parameter(x.clone()) for x in start], None
+        for kind, gradients in zip(kinds, (pushes[:2], pushes[2:]), strict=True):
+            muon = kind(weights, **torchs) if kind is torch.optim.Muon else kind(weights, 0.02, dtype)
+            if state:
+                muon.load_state_dict(state)
+                muon.param_groups[0]["lr"] = 0.01
+            for push in gradients:
+                for weight, gradient in zip(weights, push, strict=True):
+                    weight.grad = gradient.clone()
+                muon.step()
+            state = muon.state_dict()
+        ends.append([(weight.detach() - x).flatten() for weight, x in zip(weights, start, strict=True)])
+    for other in ends[1:]:
+        for one, two in zip(ends[0], other, strict=True):
+            assert torch.cosine_similarity(one, two, dim=0) > near
+            assert two.norm() == pytest.approx(one.norm(), rel=0.01)
+    torch.optim.Muon(weights, **torchs).load_state_dict(state)
+
+
+class Seen(TorchDispatchMode):
+    """Notes each operation on a tensor of the CPU while it lasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_cpu = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, given)) if isinstance(x, torch.Tensor)]
+        self.on_cpu += [str(operation) for x in tensors if x.device.type == "cpu"]
+        return given
+
+
+def test_what_a_gpu_replays_neither_waits_nor_copies(monkeypatch, pipe):
+    """On tensors without numbers, of which none can be read: a CUDA graph holds only what the GPU does alone."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # none on these tensors
+    with torch.device("meta"):
+        vae, read = AutoencoderKL(**autoencoder.CONFIG), text.Text.of(pipe)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            encoder = getattr(read, name)
+            setattr(read, name, type(encoder)(encoder.config).requires_grad_(False))
+        model = SD3Transformer2DModel.from_config(flow.transformer().config | {"num_layers": 1})
+    pools = [pool.Pool(None, vae, read, [], (), 128) for _ in flow.PARTS]
+    nothing = [torch.zeros(1, 3, dtype=torch.long, device="meta") for _ in range(2)]
+    with Seen() as seen:
+        found, gradients = flow.passes(model, read, nothing, pools, (6, 2), (0, 0))
+    assert found.shape == (8,) and not seen.on_cpu
+    assert [g.shape for g in gradients] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.gpu
+def test_a_replayed_function_reads_and_draws_anew():
+    given = torch.zeros(2, device="cuda")
+    replayed = training.Replayed(lambda n: (given.repeat(n), torch.rand(2, device="cuda")))
+    twice, first = (x.clone() for x in replayed(2))
+    given.fill_(5)
+    for n in (2, 1):
+        same, other = replayed(n)
+        assert same.tolist() == [5.0] * 2 * n and not torch.equal(first, other)
+    assert twice.tolist() == [0.0] * 4 and len(replayed.graphs) == 2
 
 
 def half_of_a_training(rank: int, folder: str) -> None:
