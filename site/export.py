@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's sd3kit, not an installed one
 
 import sd3kit
-from sd3kit.explore.drawing import native_size, sizes
+from sd3kit.explore.drawing import sizes
 from sd3kit.loading.names import NANO, TURBO, own_settings
 from sd3kit.loading.pipeline import LORA
 
@@ -132,7 +132,7 @@ def _graphs(pipe) -> dict[str, tuple]:
     batch, area = {0: "batch"}, {2: "height", 3: "width"}
     ids, t5 = torch.ones(2, 77, dtype=torch.int64), torch.ones(2, 40, dtype=torch.int64)
     latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)
-    picture = torch.zeros(1, 3, native_size(pipe), native_size(pipe))
+    picture = torch.zeros(1, 3, sizes(pipe)[1], sizes(pipe)[1])
     reads = {
         "latents": latents,
         "timestep": torch.zeros(2),
@@ -286,8 +286,8 @@ def export(folder: Path) -> None:
         "parameters": sum(
             p.numel() for m in pipe.components.values() if isinstance(m, torch.nn.Module) for p in m.parameters()
         ),
-        "size": native_size(pipe),
-        "sizes": sizes(pipe),
+        "size": sizes(pipe)[1],
+        "sizes": sizes(pipe)[::2],
         "factor": pipe.vae_scale_factor,
         "channels": pipe.transformer.config.in_channels,
         "patch": pipe.transformer.config.patch_size,
@@ -313,7 +313,7 @@ def preview(pipe) -> list[list[float]]:
     A row for each channel and one for the constant; fitted by least squares on the judge's small pictures of the art,
     on backgrounds of all colours.
     """
-    side, factor = native_size(pipe), pipe.vae_scale_factor
+    side, factor = sizes(pipe)[1], pipe.vae_scale_factor
     sheet = Image.open(TEMPLATES).convert("RGBA")
     stored = sheet.width // len(scenes.STYLES)
     pictures, colours = [], list(scenes.COLOURS.values())

@@ -1,13 +1,14 @@
 """LoRA: the function, its explorer, and what files of other trainers are."""
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 
-from .drawing import number, turn
+from .controls import control
+from .drawing import number
 from .drawn import Drawn
 from .explorer import Explorer
 from .text import text_to_image
@@ -28,26 +29,24 @@ LAYOUTS = (
 )
 
 
-def lora_layout(source: str | os.PathLike | Iterable[str]) -> str:
+def lora_layout(file_or_keys: str | os.PathLike | Iterable[str]) -> str:
     """Whose layout a LoRA's keys have, and what to do with it, in one sentence.
 
     diffusers loads what it does not know as no adapter at all, without an error.
 
-    Args:
-        source: a .safetensors file, or the keys.
-
     Raises:
         ValueError: not a safetensors file. OSError: it cannot be read.
     """
-    if isinstance(source, str | os.PathLike):
+    if isinstance(file_or_keys, str | os.PathLike):
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(source, "pt") as file:
-                source = list(file.keys())
+            with safe_open(file_or_keys, "pt") as file:
+                keys = list(file.keys())
         except SafetensorError as error:
-            raise ValueError(f"{source} is no safetensors file, or a damaged one: get it again.") from error
-    keys = list(source)
+            raise ValueError(f"{file_or_keys} is no safetensors file, or a damaged one: get it again.") from error
+    else:
+        keys = list(file_or_keys)
     if not any("lora" in key for key in keys):
         return "These are no keys of a LoRA: it may be a whole model, or another kind of adapter."
     for starts, whose, what in LAYOUTS:
@@ -61,58 +60,35 @@ def adapters(pipe) -> list[str]:
     return sorted({name for names in pipe.get_list_adapters().values() for name in names})
 
 
-@contextlib.contextmanager
-def _scaled(pipe, scales: Mapping[str, float]) -> Iterator[None]:
-    """The adapters at these scales while this lasts; then as they were.
-
-    Raises:
-        ValueError: one is fused into the weights, where scales have no effect.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
-        raise ValueError("The LoRA is fused into the weights, where scales do nothing: call pipe.unfuse_lora() first.")
-    before = [(layer, dict(layer.scaling), list(layer.active_adapters)) for layer in layers]
-    learning = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
-    try:
-        pipe.set_adapters(list(scales), list(scales.values()))
-        yield
-    finally:
-        for layer, scaling, active in before:
-            layer.scaling.update(scaling)
-            layer.set_adapter(active)
-        for weight, was in learning:  # set_adapter turns gradients on and off
-            weight.requires_grad_(was)
-
-
-def lora(pipe, prompt: str, scales: Mapping[str, float] | None = None, **settings: Any) -> Drawn:
+def lora(pipe, prompt: str, scales: Mapping[str, float], **settings: Any) -> Drawn:
     """Draw with LoRA adapters at scales of one's choice; 0 is without.
 
     Args:
-        scales: a scale, -2 to 2, for each adapter to use; None is 1 for all that are loaded.
-        pipe, prompt, **settings: as in `text_to_image`.
-
-    Raises:
-        ValueError: no adapter is loaded, one is fused, an unknown name, or a scale out of range. Stopped: as in
-            `text_to_image`.
+        scales: a scale, -2 to 2, for each adapter to use.
+        **settings, and what is raised: as in `text_to_image`; also ValueError where no adapter is loaded, one is fused
+            or unknown, or a scale is out of range.
     """
-    there = adapters(pipe)
-    if not there:
-        raise ValueError(
-            'No LoRA is loaded: call pipe.load_lora_weights(folder, adapter_name="dog") first; if you did, '
-            "sd3kit.explore.lora_layout(file) says what its keys are."
-        )
-    scales = dict.fromkeys(there, 1.0) if scales is None else dict(scales)
-    if not scales or (unknown := scales.keys() - there):
-        given = f"no adapter {sorted(unknown)[0]!r}" if scales else "no scale"
-        raise ValueError(f"There is {given}: use some of {', '.join(there)}.")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not adapters(pipe):
+        raise ValueError("No LoRA is loaded: sd3kit.explore.lora_layout(file) says how to load which file.")
     scales = {name: number(f"the scale of {name}", scale, -2, 2) for name, scale in scales.items()}
-    with turn(pipe, settings.get("stop")), _scaled(pipe, scales):
-        drawn = text_to_image(pipe, prompt, **settings)
-    drawn.settings["scales"] = scales
-    return drawn
+
+    def call(own, arguments: dict) -> Image.Image:
+        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        layers = [layer for part in parts for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("The LoRA is fused into the weights and has no scale: call pipe.unfuse_lora() first.")
+        before = [(layer, dict(layer.scaling), list(layer.active_adapters)) for layer in layers]
+        try:
+            pipe.set_adapters(list(scales), list(scales.values()))
+            return own(prompt, **arguments).images[0]
+        finally:
+            for layer, scaling, active in before:
+                layer.scaling.update(scaling)
+                layer.set_adapter(active)
+
+    return text_to_image(pipe, prompt, call=call, more={"scales": scales}, **settings)
 
 
 class Lora(Explorer):
@@ -122,12 +98,10 @@ class Lora(Explorer):
 
     def own(self):
         self.scales = {
-            name: self.ui.control("FloatSlider", name, value=1.0, min=-2.0, max=2.0, step=0.1)
-            for name in adapters(self.pipe)
+            name: control("FloatSlider", name, value=1.0, min=-2.0, max=2.0, step=0.1) for name in adapters(self.pipe)
         }
         self.inputs |= {f"scale of {name}": one for name, one in self.scales.items()}
-        return list(self.scales.values())
 
-    def draw(self, settings, watch, stop):
+    def draw(self, **settings):
         scales = {name: settings.pop(f"scale of {name}") for name in self.scales}
-        return lora(self.pipe, scales=scales, watch=watch, stop=stop, **settings)
+        return lora(self.pipe, scales=scales, **settings)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .drawing import draw, filled
+from .controls import control
 from .drawn import Drawn
 from .explorer import Explorer
+from .text import text_to_image
 
 NAMES = {"1": "CLIP L/14", "2": "OpenCLIP bigG/14", "3": "T5"}
 
@@ -34,29 +35,21 @@ def encoders(pipe, prompt: str, keep: str = "123", **settings: Any) -> Drawn:
 
     Args:
         keep: the encoders that speak: 1 is CLIP L/14, 2 OpenCLIP bigG/14, 3 the T5; "" is none.
-        **settings: as in `text_to_image`.
-
-    Raises:
-        ValueError: another `keep`, or as in `text_to_image`. Stopped: as in `text_to_image`.
+        **settings, and what is raised: as in `text_to_image`.
     """
     if not isinstance(keep, str) or set(keep) - set(NAMES):
         raise ValueError(f'Keep some of "123", not {keep!r}.')
-    full = filled(pipe, prompt, settings, keep="".join(sorted(set(keep))))
 
-    @torch.no_grad()
     def call(own, arguments: dict) -> Image.Image:
-        named = {name: arguments[name] for name in ("negative_prompt", "max_sequence_length")}
-        embeds, empty, pooled, empty_pooled = own.encode_prompt(prompt, None, None, **named)
-        embeds, pooled = without(own, embeds, pooled, keep)
-        return own(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=empty,
-            pooled_prompt_embeds=pooled,
-            negative_pooled_prompt_embeds=empty_pooled,
-            **arguments | {"negative_prompt": None},
-        ).images[0]
+        def encode(**asked):
+            embeds, empty, pooled, empty_pooled = pipe.encode_prompt(**asked)
+            embeds, pooled = without(pipe, embeds, pooled, keep)
+            return embeds, empty, pooled, empty_pooled
 
-    return draw(pipe, full, call, settings)
+        own.encode_prompt = encode
+        return own(prompt, **arguments).images[0]
+
+    return text_to_image(pipe, prompt, call=call, more={"keep": "".join(sorted(set(keep)))}, **settings)
 
 
 class Encoders(Explorer):
@@ -65,12 +58,9 @@ class Encoders(Explorer):
     title = "Text encoders"
 
     def own(self):
-        boxes = {
-            f"encoder {n}": self.ui.control("Checkbox", name, value=True, indent=False) for n, name in NAMES.items()
-        }
-        self.inputs |= boxes
-        return list(boxes.values())
+        for n, name in NAMES.items():
+            self.inputs[f"encoder {n}"] = control("Checkbox", name, value=True, indent=False)
 
-    def draw(self, settings, watch, stop):
+    def draw(self, **settings):
         keep = "".join(n for n in NAMES if settings.pop(f"encoder {n}"))
-        return encoders(self.pipe, keep=keep, watch=watch, stop=stop, **settings)
+        return encoders(self.pipe, keep=keep, **settings)

@@ -1,6 +1,6 @@
 """Shift and sigma schedule: the functions and their explorer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..lesson import show
-from .drawing import LIMITS, Step, Watch, filled, latent_to_rgb, number, scheduler_of
+from .drawing import LIMITS, Step, Watch, latent_to_rgb, number, scheduler_of, shift_of
 from .drawn import Drawn
 from .explorer import Explorer
 from .text import text_to_image
@@ -21,25 +21,21 @@ def sigmas(pipe, steps: int, shift: float) -> torch.Tensor:
     return scheduler.sigmas.cpu()
 
 
-def schedule(pipe, prompt: str, *, watch: Watch | None = None, look: Callable | None = None, **settings: Any) -> Drawn:
+def schedule(pipe, prompt: str, *, watch: Watch | None = None, **settings: Any) -> Drawn:
     """Draw with a shift, and keep what the picture looked like at each step.
 
     Args:
-        pipe, prompt, watch, **settings: as in `text_to_image`.
-        look: the map of `latent_to_rgb`, where there is one already.
+        watch, **settings, and what is raised: as in `text_to_image`.
 
     Returns:
         A `Drawn` whose data has `sigmas` (steps + 1,) and `previews`, one for each step that was run.
-
-    Raises:
-        ValueError, Stopped: as in `text_to_image`.
     """
-    if "shift" not in filled(pipe, prompt, settings):  # checked before the wait for another drawing
+    if shift_of(pipe.scheduler) is None:
         raise ValueError(f"The pipeline's {type(pipe.scheduler).__name__} has no shift to look at.")
-    previews, look = [], look or latent_to_rgb(pipe, settings.get("stop"))
+    previews = []
 
     def keep(step: Step) -> None:
-        previews.append(look(step.latents))
+        previews.append(latent_to_rgb(pipe, step.latents))
         if watch is not None:
             watch(step)
 
@@ -49,13 +45,13 @@ def schedule(pipe, prompt: str, *, watch: Watch | None = None, look: Callable | 
     return drawn
 
 
-def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = (), columns: int = 8) -> show.Picture:
+def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = ()) -> show.Picture:
     """The sigmas (steps + 1,) over the steps beside those without shift, and under them previews of some steps."""
     from matplotlib.figure import Figure  # not pyplot, which is not made for threads
 
     steps = len(levels) - 1
     figure = Figure(figsize=(7, 4.2 if previews else 2.8), layout="constrained")
-    grid = figure.add_gridspec(2 if previews else 1, columns, height_ratios=[2.4, 1] if previews else [1])
+    grid = figure.add_gridspec(2 if previews else 1, 8, height_ratios=[2.4, 1] if previews else [1])
     axis = figure.add_subplot(grid[0, :])
     axis.plot(range(steps + 1), levels, "o-", color=show.BLUE, markersize=4, label=f"shift {shift:g}")
     plain = levels / (shift - (shift - 1) * levels)  # the shift's inverse
@@ -64,7 +60,7 @@ def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = 
     title = f"Shift {shift:g}: {above} of {steps} steps start above sigma 0.5"
     axis.set(xlabel="step", ylabel="sigma", ylim=(-0.03, 1.03), title=title)
     axis.legend()
-    chosen = sorted({round(i) for i in np.linspace(0, len(previews) - 1, min(columns, len(previews)))})
+    chosen = sorted({round(i) for i in np.linspace(0, len(previews) - 1, min(8, len(previews)))})
     for column, index in enumerate(chosen):
         small = figure.add_subplot(grid[1, column])
         small.imshow(previews[index])
@@ -77,17 +73,15 @@ class Schedule(Explorer):
     """Shift and sigma schedule: the curve follows the sliders at once, the pictures under it as they are drawn."""
 
     title = "Shift and schedule"
-    in_view = ("seed", "steps", "shift")
 
     def own(self):
         if "shift" not in self.inputs:
             raise ValueError(f"The pipeline's {type(self.pipe.scheduler).__name__} has no shift to look at.")
         self.inputs["steps"].value = 14
-        self._curve = {}  # of the sliders, which is slow to draw
-        return []
+        return [self.inputs["shift"]]
 
-    def draw(self, settings, watch, stop):
-        drawn = schedule(self.pipe, watch=watch, stop=stop, look=self.look(), **settings)
+    def draw(self, **settings):
+        drawn = schedule(self.pipe, **settings)
         picture = curve(drawn.data["sigmas"], drawn.settings["shift"], drawn.data["previews"])
         drawn.data["curve"] = picture._repr_html_()
         return drawn
@@ -96,6 +90,4 @@ class Schedule(Explorer):
         now = {name: self.inputs[name].value for name in ("steps", "shift")}
         if any(now.items() <= drawn.settings.items() for drawn in self.shown):
             return "".join(drawn.data["curve"] for drawn in self.shown)
-        if (key := tuple(now.values())) not in self._curve:
-            self._curve = {key: curve(sigmas(self.pipe, **now), now["shift"])._repr_html_()}
-        return self._curve[key]
+        return curve(sigmas(self.pipe, **now), now["shift"])._repr_html_()
