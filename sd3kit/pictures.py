@@ -13,16 +13,10 @@ from PIL import Image, ImageOps
 from .errors import UserError
 
 # Formats that are read, and how their files' names end. Pillow reads more, some of them by running other programs.
-FORMATS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-}
-SUFFIXES = tuple(suffix for endings in FORMATS.values() for suffix in endings)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_PIXELS = 2**26  # 64 megapixels are 268 MB with transparency
+TOO_MANY = f"is too large: scale it to at most {MOST_PIXELS:,} pixels."
 LONGEST = 16  # times as long as it is wide: scaled by its shorter edge, a longer one would be huge
 
 
@@ -53,12 +47,12 @@ def open_picture(source: str | os.PathLike | bytes | io.BufferedIOBase | Image.I
             source = io.BytesIO(source)
         elif isinstance(source, str | os.PathLike) and not Path(source).is_file():
             raise PictureError(f"There is no picture file {source}: check the path.")
-        with Image.open(source, formats=tuple(FORMATS)) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return _converted(image, called)
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit is higher
-        raise PictureError(_too_many(called)) from error
+        raise PictureError(f"{called} {TOO_MANY}") from error
     except PermissionError as error:
         raise PictureError(f"{called} cannot be read: you have no permission to read that file.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
@@ -80,17 +74,13 @@ def square(image: Image.Image, side: int, method: Image.Resampling = Image.Resam
     return ImageOps.fit(image, (side, side), method)
 
 
-def _too_many(called: str) -> str:
-    return f"{called} is too large: scale it to at most {MOST_PIXELS:,} pixels."
-
-
 def _converted(image: Image.Image, called: str) -> Image.Image:
     """What `open_picture` gives; the limits are checked before anything is decoded."""
     short, long = sorted(image.size)
     if not short:
         raise PictureError(f"{called} is empty: it has {image.width} x {image.height} pixels.")
     if short * long > MOST_PIXELS:
-        raise PictureError(_too_many(called))
+        raise PictureError(f"{called} {TOO_MANY}")
     if long > LONGEST * short:
         raise PictureError(
             f"{called} is {image.width} x {image.height} pixels: cut it so that its longer edge is at most {LONGEST} "
@@ -104,8 +94,6 @@ def _converted(image: Image.Image, called: str) -> Image.Image:
         image = Image.fromarray(_to_8_bits(numbers, called))
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255))))
-    if image.mode in ("La", "RGBa"):  # colours that are multiplied by their alpha: La is converted to nothing but LA
-        image = image.convert(image.mode.replace("a", "A"))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

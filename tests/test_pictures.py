@@ -72,7 +72,6 @@ COLOURS = {
     "RGBA that is opaque": (file(RED.convert("RGBA")), "RGB", (255, 0, 0), (255, 0, 0)),
     "alpha multiplied in": (half_clear("RGBA").convert("RGBa"), "RGBA", (255, 0, 0, 255), (0, 0, 0, 0)),
     "gray with alpha": (file(half_clear("LA")), "RGBA", (76, 76, 76, 255), (76, 76, 76, 0)),
-    "gray, alpha multiplied in": (half_clear("LA").convert("La"), "RGBA", (76, 76, 76, 255), (0, 0, 0, 0)),
     "tRNS of RGB": (file(RED, transparency=(255, 0, 0)), "RGBA", (255, 0, 0, 0), (255, 0, 0, 0)),
     "tRNS of gray": (
         file(gray(RAMP[:, ::255].astype(np.uint8).repeat(8, 1)), transparency=255),

@@ -314,10 +314,7 @@ def test_image_to_image_and_inpainting_are_the_same(bench, pipe, turbo, model, m
     mask = {"mask": where.ravel().tolist()} if masked else {}
     got = draw(bench, settings, model, picture=rgba.ravel().tolist(), **mask)
     of = turbo if model == TURBO else pipe
-    if masked:
-        theirs = explore.inpaint(of, start, Image.fromarray(where * 255), **settings)
-    else:
-        theirs = explore.image_to_image(of, start, **settings)
+    theirs = explore.image_to_image(of, start, mask=Image.fromarray(where * 255) if masked else None, **settings)
     same(pixels(got), theirs.image)
 
 

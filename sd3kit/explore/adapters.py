@@ -97,11 +97,10 @@ class Lora(Explorer):
     title = "LoRA"
 
     def own(self):
-        self.scales = {
-            name: control("FloatSlider", name, value=1.0, min=-2.0, max=2.0, step=0.1) for name in adapters(self.pipe)
-        }
-        self.inputs |= {f"scale of {name}": one for name, one in self.scales.items()}
+        for name in adapters(self.pipe):
+            self.inputs[f"scale of {name}"] = control("FloatSlider", name, value=1.0, min=-2.0, max=2.0, step=0.1)
 
     def draw(self, **settings):
-        scales = {name: settings.pop(f"scale of {name}") for name in self.scales}
+        names = [name for name in settings if name.startswith("scale of ")]
+        scales = {name.removeprefix("scale of "): settings.pop(name) for name in names}
         return lora(self.pipe, scales=scales, **settings)

@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,6 @@ class Step:
     total: int
     sigma: float
     latents: torch.Tensor
-
-
-Watch = Callable[[Step], Any]
 
 
 def number(name: str, value: Any, low: float, high: float, kind: type = float) -> Any:

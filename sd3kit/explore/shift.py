@@ -1,6 +1,6 @@
 """Shift and sigma schedule: the functions and their explorer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..lesson import show
-from .drawing import LIMITS, Step, Watch, latent_to_rgb, number, scheduler_of, shift_of
+from .drawing import LIMITS, Step, latent_to_rgb, number, scheduler_of, shift_of
 from .drawn import Drawn
 from .explorer import Explorer
 from .text import text_to_image
@@ -21,7 +21,7 @@ def sigmas(pipe, steps: int, shift: float) -> torch.Tensor:
     return scheduler.sigmas.cpu()
 
 
-def schedule(pipe, prompt: str, *, watch: Watch | None = None, **settings: Any) -> Drawn:
+def schedule(pipe, prompt: str, *, watch: Callable[[Step], Any] | None = None, **settings: Any) -> Drawn:
     """Draw with a shift, and keep what the picture looked like at each step.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..loading.pipeline import prompt_length
-from .drawing import Step, Watch, checked, scheduler_of, turn
+from .drawing import Step, checked, scheduler_of, turn
 from .drawn import Drawn
 from .explorer import Explorer
 
@@ -25,7 +25,7 @@ def text_to_image(
     guidance: float | None = None,
     shift: float | None = None,
     size: int | None = None,
-    watch: Watch | None = None,
+    watch: Callable[[Step], Any] | None = None,
     stop: threading.Event | None = None,
     call: Callable[[Any, dict[str, Any]], Image.Image] | None = None,
     more: Mapping[str, Any] | None = None,

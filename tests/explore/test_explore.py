@@ -1,11 +1,10 @@
 """The explorers without a browser: what the functions return, the newest setting wins, Stop stops, errors pass."""
 
 import base64
-import copy
+import importlib
 import io
 import json
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -14,14 +13,13 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image, PngImagePlugin
 
 from sd3kit import explore
 from sd3kit.explore import controls, drawing, explorer
 
 PROMPT = "a fox on a blue background, flat"
-QUICK = {"steps": 3, "size": 64}
+QUICK = {"steps": 2, "size": 64}
 # What ipywidgets 7.7 and 8 both have.
 CORE = {
     "Accordion", "Button", "Checkbox", "Dropdown", "FileUpload", "FloatSlider", "HBox", "HTML", "IntSlider", "IntText",
@@ -66,6 +64,14 @@ def said(one):
     return re.sub("<[^>]*>", "", one._said.value)
 
 
+def controls_of(one):
+    return {name: control.value for name, control in one.inputs.items()}
+
+
+def gallery(one):
+    return [item.drawn for item in one._gallery.children]
+
+
 def until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -83,7 +89,7 @@ def test_the_picture_follows_slider_and_typing_and_the_encoding_is_kept(turbo, m
     one.restore({"size": 64})
     encoded = []
     hook = turbo.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         one.inputs["seed"].value = seed
         assert one.wait(30)
     assert len(encoded) == 1 and len(one._gallery.children) == 1, "passing pictures make place"
@@ -92,7 +98,7 @@ def test_the_picture_follows_slider_and_typing_and_the_encoding_is_kept(turbo, m
     assert one.wait(30)
     hook.remove()
     assert one.shown[0].settings["prompt"] == "a fox" and len(encoded) <= 4
-    drawn = explore.text_to_image(turbo, "a fox", seed=3, size=64)
+    drawn = explore.text_to_image(turbo, "a fox", seed=2, size=64)
     assert np.array_equal(pixels(drawn.image), pixels(one.shown[0].image))
 
 
@@ -118,16 +124,16 @@ def test_text_to_image_is_the_pipelines_own_picture_and_leaves_the_pipeline_alon
     drawn = explore.text_to_image(pipe, PROMPT, seed=5, guidance=4.0, shift=2.0, watch=seen.append, **QUICK)
     pipe.scheduler.set_shift(2.0)
     plain = pipe(
-        PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=3, width=64, height=64,
+        PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=2, width=64, height=64,
         guidance_scale=4.0, max_sequence_length=40,
     ).images[0]  # fmt: skip
     pipe.scheduler.set_shift(pipe.scheduler.config.shift)
     assert np.array_equal(pixels(drawn.image), pixels(plain))
     assert drawn.settings == {
-        "prompt": PROMPT, "negative_prompt": "", "seed": 5, "steps": 3, "guidance": 4.0, "shift": 2.0, "size": 64,
+        "prompt": PROMPT, "negative_prompt": "", "seed": 5, "steps": 2, "guidance": 4.0, "shift": 2.0, "size": 64,
     }  # fmt: skip
-    assert [(step.number, step.total) for step in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert seen[0].sigma > seen[1].sigma > seen[2].sigma == 0
+    assert [(step.number, step.total) for step in seen] == [(1, 2), (2, 2)]
+    assert seen[0].sigma > seen[1].sigma == 0
     assert seen[0].latents.shape == (1, 16, 8, 8)
     assert drawn.seconds > 0 and not drawn.stopped
     other = explore.text_to_image(pipe, PROMPT, seed=5, guidance=4.0, **QUICK)
@@ -143,7 +149,7 @@ def test_a_cell_that_draws_meanwhile_does_not_share_the_scheduler(pipe):
     def meanwhile(step):
         if step.number == 1:
             between.append(explore.text_to_image(pipe, PROMPT, **QUICK).settings["shift"])
-            pipe(PROMPT, num_inference_steps=2, width=64, height=64, max_sequence_length=40)
+            pipe(PROMPT, num_inference_steps=1, width=64, height=64, max_sequence_length=40)
 
     drawn = explore.text_to_image(pipe, PROMPT, shift=12.0, watch=meanwhile, **QUICK)
     assert between == [pipe.scheduler.config.shift], "not the shift of the drawing that runs"
@@ -152,40 +158,30 @@ def test_a_cell_that_draws_meanwhile_does_not_share_the_scheduler(pipe):
 
 def test_image_to_image_runs_its_share_of_the_steps(pipe, calls):
     source = Image.new("RGB", (200, 100), "green")
-    drawn = explore.image_to_image(pipe, source, PROMPT, strength=0.5, steps=8, size=64)
-    assert drawn.steps == drawn.total == len(calls[0]) == 4
+    drawn = explore.image_to_image(pipe, source, PROMPT, strength=0.5, steps=4, size=64)
+    assert drawn.steps == drawn.total == len(calls[0]) == 2
     assert drawn.image.size == drawn.data["image"].size == (64, 64)
     with pytest.raises(ValueError, match="below one step"):
         explore.image_to_image(pipe, source, PROMPT, strength=0.1, steps=8, size=64)
 
 
 def test_inpaint_changes_the_masked_part_only(pipe):
-    source = explore.text_to_image(pipe, "a cat on a yellow background, flat", seed=1, steps=6).image
-    where = explore.mask("box", left=0.5, size=128)
-    drawn = explore.inpaint(pipe, source, where, "a rocket on a blue background, flat", steps=6)
+    source, where = Image.new("RGB", (64, 64), "yellow"), Image.new("L", (64, 64))
+    where.paste(255, (32, 0, 64, 64))
+    drawn = explore.image_to_image(
+        pipe, source, "a rocket on a blue background, flat", mask=where, strength=1, steps=4, size=64
+    )
     change = np.abs(pixels(drawn.image) - pixels(source)).mean(-1)
-    kept, anew = change[:, :48].mean(), change[:, 80:].mean()
+    kept, anew = change[:, :24].mean(), change[:, 40:].mean()
     assert anew > 3 * kept, (anew, kept)
-    with pytest.raises(ValueError, match="mask is empty"):
-        explore.inpaint(pipe, source, Image.new("L", (128, 128)), PROMPT)
-
-
-def test_masks_have_the_area_of_their_shape():
-    area = {shape: (pixels(explore.mask(shape, 0.25, 0, 0.75, 1, 128)) > 127).mean() for shape in ("box", "ellipse")}
-    assert area["box"] == 0.5
-    assert area["ellipse"] == pytest.approx(0.5 * np.pi / 4, rel=0.02)
-    with pytest.raises(ValueError, match="empty"):
-        explore.mask("box", 0.5, 0, 0.5, 1)
-    with pytest.raises(ValueError, match="ellipse"):
-        explore.mask("star")
 
 
 def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe):
     reached = []
-    settings = {"steps": 4, "shift": 6.0, "size": 64}
+    settings = {"steps": 3, "shift": 6.0, "size": 64}
     drawn = explore.schedule(pipe, PROMPT, watch=lambda step: reached.append(step.sigma), **settings)
     assert drawn.data["sigmas"][1:].tolist() == pytest.approx(reached)
-    assert [preview.size for preview in drawn.data["previews"]] == [(8, 8)] * 4
+    assert [preview.size for preview in drawn.data["previews"]] == [(8, 8)] * 3
     assert (explore.sigmas(pipe, 4, 6.0)[1:-1] > explore.sigmas(pipe, 4, 1.0)[1:-1]).all()
     picture = explore.curve(drawn.data["sigmas"], 6.0, drawn.data["previews"])
     assert "Shift 6" in picture.alt and picture.image.width > 300
@@ -194,50 +190,27 @@ def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pip
 def test_previews_resemble_what_the_decoder_makes(pipe):
     seen = []
     drawn = explore.text_to_image(pipe, PROMPT, steps=6, watch=seen.append)
-    look = explore.latent_to_rgb(pipe)
     small = pixels(drawn.image.resize((16, 16), Image.Resampling.BOX))
 
     def explained(preview):
         return 1 - ((pixels(preview) - small) ** 2).sum() / ((small - small.mean((0, 1))) ** 2).sum()
 
-    assert explained(look(seen[-1].latents)) > 0.5
-    assert explained(look(seen[-1].latents.flip(1))) < 0.2, "the control: channels in the wrong order"
+    assert explained(explore.latent_to_rgb(pipe, seen[-1].latents)) > 0.5
+    wrong = explore.latent_to_rgb(pipe, seen[-1].latents.flip(1))
+    assert explained(wrong) < 0.2, "the control: channels in the wrong order"
 
 
 def test_attention_has_a_map_for_each_word_and_layer(pipe):
-    drawn = explore.attention(pipe, "a fox, blue", steps=2, seed=3)
+    drawn = explore.attention(pipe, "a fox, blue", seed=3, **QUICK)
     layers = len(pipe.transformer.transformer_blocks)
     assert drawn.data["words"] == ["a", "fox", "blue"]
-    assert drawn.data["raw"].shape == drawn.data["concept"].shape == (3, 2, layers, 8, 8)
-    assert drawn.steps == 2 and drawn.settings["seed"] == 3
-    one, other = (explore.heat(drawn, "fox", layer=layer) for layer in (0, layers - 1))
+    assert drawn.data["raw"].shape == drawn.data["concept"].shape == (3, 2, layers, 4, 4)
+    assert drawn.steps == 2 and drawn.settings["seed"] == 3 and drawn.image.size == (64, 64)
+    one, other = (explore.heat(drawn, "fox", layer=layer) for layer in (1, layers))
     assert not np.array_equal(pixels(one.image), pixels(other.image))
     assert "'fox'" in one.alt and "layer 1" in one.alt and "seed 3" in one.alt
-    for wrong in ({"word": "owl"}, {"word": "fox", "layer": layers}, {"word": "fox", "method": "magic"}):
-        with pytest.raises(ValueError):
-            explore.heat(drawn, **wrong)
-    small = explore.attention(pipe, "a fox", steps=1, size=64)
-    assert small.image.size == (64, 64) and small.data["raw"].shape[-2:] == (4, 4) and small.settings["size"] == 64
     with pytest.raises(ValueError, match="no word to look at"):
         explore.attention(pipe, "...", steps=1)
-
-
-@pytest.fixture
-def with_lora(pipe):
-    from peft import LoraConfig
-
-    parts = pipe.components | {"transformer": copy.deepcopy(pipe.transformer)}
-    other = StableDiffusion3Pipeline(**parts)
-    other.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    for name in ("dog", "ink"):
-        other.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), adapter_name=name)
-    for name, weight in other.transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    other.set_adapters(["dog", "ink"], [0.5, 2.0])
-    other.own_settings = pipe.own_settings
-    return other
 
 
 def test_lora_scales_count_and_are_put_back(pipe, with_lora):
@@ -246,6 +219,7 @@ def test_lora_scales_count_and_are_put_back(pipe, with_lora):
         layers = [layer for layer in with_lora.transformer.modules() if hasattr(layer, "scaling")]
         return weights, [(dict(layer.scaling), layer.active_adapters) for layer in layers]
 
+    with_lora.set_adapters(["dog", "ink"], [0.5, 2.0])
     before = state()
     plain = pixels(explore.text_to_image(pipe, PROMPT, **QUICK).image)
     without = explore.lora(with_lora, PROMPT, {"dog": 0.0}, **QUICK)
@@ -254,10 +228,10 @@ def test_lora_scales_count_and_are_put_back(pipe, with_lora):
     assert np.abs(pixels(strong.image) - plain).max() > 10
     assert strong.settings["scales"] == {"dog": 1.0, "ink": -1.0}
     assert state() == before and before[1]
-    with pytest.raises(ValueError, match="no adapter 'cat'"):
+    with pytest.raises(ValueError, match="'cat'"):
         explore.lora(with_lora, PROMPT, {"cat": 1.0})
     with pytest.raises(ValueError, match="No LoRA is loaded"):
-        explore.lora(pipe, PROMPT)
+        explore.lora(pipe, PROMPT, {"dog": 1.0})
     one = explore.Lora(with_lora, PROMPT, live=False)
     one.restore(QUICK | {"scale of dog": 0.5, "scale of ink": 0.0})
     one.start()
@@ -300,7 +274,7 @@ def test_an_error_in_a_step_frees_and_leaves_the_pipeline_usable(pipe, monkeypat
         explore.text_to_image(pipe, PROMPT, shift=9.0, **QUICK)
     hook.remove()
     assert freed and pipe.scheduler.shift == pipe.scheduler.config.shift
-    assert explore.text_to_image(pipe, PROMPT, **QUICK).steps == 3
+    assert explore.text_to_image(pipe, PROMPT, **QUICK).steps == 2
 
 
 class Own(explore.Explorer):
@@ -308,7 +282,7 @@ class Own(explore.Explorer):
 
     title = "Mine"
 
-    def draw(self, settings, watch, stop):
+    def draw(self, watch, stop, **settings):
         return self.function(settings, stop)
 
 
@@ -317,7 +291,7 @@ def test_the_newest_round_wins_and_nothing_queues(pipe):
     started = threading.Event()
 
     def function(settings, stop):
-        with drawing.turn(pipe, stop):
+        with drawing.turn(stop):
             ran.append(settings["seed"])
             started.set()
             if settings["seed"] < 30:
@@ -330,9 +304,15 @@ def test_the_newest_round_wins_and_nothing_queues(pipe):
     for number in range(1, 31):
         own.inputs["seed"].value = number
         own.start()
-    assert own.wait(10) and ran[0] == 0 and ran[-1] == 30 and len(ran) < 20, ran
-    assert [one.settings["seed"] for one in own.shown] == [30] and len(own.made) == 1
-    until(lambda: "sd3kit explorer" not in [thread.name for thread in threading.enumerate()])
+    assert own.wait(10) and ran[0] == 0 and ran[-1] == 30
+    assert [one.settings["seed"] for one in own.shown] == [30] and len(gallery(own)) == 1
+    ran.clear()
+    with drawing.turn(threading.Event()):  # another drawing
+        for number in range(31):
+            own.inputs["seed"].value = number
+            own.start()
+        until(lambda: [thread.name for thread in threading.enumerate()].count("sd3kit explorer") == 1)
+    assert own.wait(10) and ran == [30], "what waited has heard that it is too late"
 
 
 def test_an_error_in_a_drawing_is_said_and_the_next_one_works(pipe):
@@ -353,7 +333,7 @@ def test_a_slider_moved_many_times_ends_with_the_last_setting(pipe, calls):
         time.sleep(0.004)
     assert one.wait(60)
     assert one.shown[0].settings["guidance"] == 20.0
-    assert len(one.made) <= 2, "drawings on the way are stopped"
+    assert len(gallery(one)) <= 2, "drawings on the way are stopped"
     assert len(calls[0]) < 39 * 5 / 2, "and take few steps"
     assert said(one).startswith("Done: 5 steps")
 
@@ -364,7 +344,7 @@ def test_two_explorers_of_one_pipeline_take_turns(pipe, calls):
         one.restore(QUICK)
         one.start()
     assert all(one.wait(60) for one in both)
-    assert calls[1][1] == 1 and len(calls[0]) == 6
+    assert calls[1][1] == 1 and len(calls[0]) == 4
     assert all(said(one).startswith("Done") for one in both)
 
 
@@ -377,10 +357,10 @@ def test_the_explorers_stop_button(text, calls):
     assert text.wait(30)
     late = [call for call in calls[0] if call > pressed]
     assert len(late) <= 1 and len(calls[0]) < 50
-    assert re.match(r"Stopped after \d+ of 50 steps", said(text)) and not text.made
+    assert re.match(r"Stopped after \d+ of 50 steps", said(text)) and not gallery(text)
     text.restore(QUICK)
     text._draw.click()
-    assert text.wait(30) and said(text).startswith("Done: 3 steps")
+    assert text.wait(30) and said(text).startswith("Done: 2 steps")
 
 
 def test_stop_also_ends_what_waits(text, calls):
@@ -395,7 +375,7 @@ def test_stop_also_ends_what_waits(text, calls):
 
 
 def test_what_waits_for_another_drawing_hears_stop_and_wrong_settings(pipe, calls):
-    with drawing.turn(pipe):
+    with drawing.turn(threading.Event()):
         for kind in (explore.TextToImage, explore.Schedule):
             one = kind(pipe, PROMPT, live=False)
             one.start()
@@ -407,7 +387,7 @@ def test_what_waits_for_another_drawing_hears_stop_and_wrong_settings(pipe, call
             assert one.wait(10) and said(one).startswith("The prompt is empty")
     stop, ended = threading.Event(), []
     stop.set()
-    with drawing.turn(pipe):
+    with drawing.turn(threading.Event()):
         for wrong, kind in (({"steps": 0}, ValueError), ({"stop": stop}, explore.Stopped)):
 
             def other(wrong=wrong, kind=kind):
@@ -425,8 +405,9 @@ def test_an_error_while_fitting_the_preview_frees(pipe, monkeypatch):
     freed = []
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
     monkeypatch.setattr(pipe.vae, "encode", lambda *_: 1 / 0)
+    drawing._maps.pop(pipe.vae, None)
     with pytest.raises(ZeroDivisionError):
-        explore.latent_to_rgb(pipe)
+        explore.schedule(pipe, PROMPT, **QUICK)
     assert freed
 
 
@@ -438,10 +419,10 @@ def test_an_error_is_one_line_and_the_next_try_works(text):
     text.inputs["prompt"].value = PROMPT
     text._draw.click()
     assert text.wait(30)
-    assert said(text).startswith("Done: 3 steps") and 'role="status"' in text._said.value
-    assert rounds.one_line(RuntimeError("CUDA out of memory. Tried\nto")).startswith("The memory is full")
-    assert "fewer steps" not in rounds.one_line(RuntimeError("CUDA out of memory.")), "they take no less"
-    assert rounds.one_line(KeyError("x\ny")).count("\n") == 0
+    assert said(text).startswith("Done: 2 steps") and 'role="status"' in text._said.value
+    assert explorer.one_line(RuntimeError("CUDA out of memory. Tried\nto")).startswith("The memory is full")
+    assert "fewer steps" not in explorer.one_line(RuntimeError("CUDA out of memory.")), "they take no less"
+    assert explorer.one_line(KeyError("x\ny")).count("\n") == 0
 
 
 # ---- what is shown and kept
@@ -453,13 +434,13 @@ def test_pictures_have_alternative_texts_with_prompt_and_seed(text):
     text._pictures.observe(lambda change: values.append(change["new"]), "value")
     text.start()
     assert text.wait(30)
-    assert len(values) == 4, "three previews and the picture"
+    assert len(values) == 3, "two previews and the picture"
     texts = [re.search(r'alt="([^"]*)"', value)[1] for value in values]
-    assert texts[0] == "Preview of step 1 of 3: a fox &quot;&lt;b&gt;&quot;; seed 7"
+    assert texts[0] == "Preview of step 1 of 2: a fox &quot;&lt;b&gt;&quot;; seed 7"
     assert texts[-1] == "a fox &quot;&lt;b&gt;&quot;; seed 7"
     thumb = text._gallery.children[0].children[0].value
     assert 'alt="Picture 1: a fox &quot;&lt;b&gt;&quot;; seed 7"' in thumb
-    assert 'aria-live="polite"' in text._said.value
+    assert 'role="status"' in text._said.value
 
 
 def test_one_click_returns_to_a_picture_and_its_settings(text, calls):
@@ -467,7 +448,7 @@ def test_one_click_returns_to_a_picture_and_its_settings(text, calls):
         text.restore({"seed": seed})
         text.start()
         assert text.wait(30)
-    first = pixels(text.made[1].image)
+    first = pixels(gallery(text)[1].image)
     drawn = len(calls[0])
     text._gallery.children[1].children[1].click()
     assert text.inputs["seed"].value == text.shown[0].settings["seed"] == 1
@@ -476,10 +457,10 @@ def test_one_click_returns_to_a_picture_and_its_settings(text, calls):
 
 
 def test_the_gallery_is_bounded(text, monkeypatch):
-    drawn = explore.Drawn(Image.new("RGB", (64, 64)), text.settings(), 1.0, 3, 3)
+    drawn = explore.Drawn(Image.new("RGB", (64, 64)), controls_of(text), 1.0, 3, 3)
     for _ in range(explorer.KEPT + 5):
-        text._keep(drawn, text.settings())
-    assert len(text.made) == len(text._gallery.children) == explorer.KEPT
+        text._keep(drawn, controls_of(text))
+    assert len(text._gallery.children) == explorer.KEPT
     assert text._gallery.children[0].children[1].description == f"Back to {explorer.KEPT + 5}"
 
 
@@ -493,10 +474,7 @@ def test_settings_come_back_from_a_png(pipe, text, tmp_path):
     again = explore.text_to_image(pipe, **settings)
     assert np.array_equal(pixels(again.image), pixels(drawn.image))
     text.restore(settings)
-    assert text.settings() == settings
-    with pytest.raises(ValueError, match="cannot show steps 400"):
-        text.restore(settings | {"seed": 1, "steps": 400})
-    assert text.settings() == settings, "all or nothing"
+    assert controls_of(text) == settings
 
 
 def upload(button, data):
@@ -522,7 +500,7 @@ def test_uploads_of_ipywidgets_7_and_8(monkeypatch, value):
 
     monkeypatch.setattr(widgets, "FileUpload", Upload)
     taken = []
-    button = controls.upload("A file", "image/*", taken.append)
+    button = controls.upload("A file", taken.append)
     button.value = value
     button.changed(None)
     button.changed(None)  # emptied by us, which is told too
@@ -548,7 +526,7 @@ def test_the_download_link_holds_the_settings(text):
     text.start()
     assert text.wait(30)
     data = re.search(r'<a download="sd3kit-seed-0.png" href="data:image/png;base64,([^"]+)"', text._pictures.value)[1]
-    assert explore.from_png(base64.b64decode(data)) == text.settings()
+    assert explore.from_png(base64.b64decode(data)) == controls_of(text)
 
 
 def png_with(text=None):
@@ -564,13 +542,11 @@ def png_with(text=None):
     [
         (png_with(), "no settings"),
         (png_with('{"seed": "many"'), "damaged"),
-        (png_with('{"seed": 1e999}'), "damaged"),
         (png_with("[" * 100_000), "damaged"),
-        (png_with('{"prompt": ["a fox"]}'), "damaged"),
         (png_with("[1]"), "damaged"),
         (b"no picture", "not a PNG"),
     ],
-    ids=("none", "cut off", "infinite", "deep", "a list", "no dictionary", "no picture"),
+    ids=("none", "cut off", "deep", "no dictionary", "no picture"),
 )
 def test_files_without_settings_are_refused(data, words):
     with pytest.raises(ValueError, match=words):
@@ -582,44 +558,37 @@ def test_a_missing_file_has_no_settings(tmp_path):
         explore.from_png(tmp_path / "missing.png")
 
 
-def test_a_picture_too_large_to_open_has_no_settings(monkeypatch):
-    data = png_with("{}")
-    monkeypatch.setattr(drawn_module, "MOST_PIXELS", 16)
-    with pytest.raises(ValueError, match="too large"):
-        explore.from_png(data)
-
-
 def test_unknown_settings_in_a_png_are_left_out():
     text = json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"})
     assert explore.from_png(png_with(text)) == {"prompt": "a fox", "seed": 1}
 
 
-def test_several_seeds_and_another_value_stand_side_by_side(text):
+def test_several_seeds_and_what_they_are_compared_with_stand_side_by_side(text):
     text.inputs["seed"].value = 4
     text._seeds.value = 2
-    text._compared.value = "guidance"
     text.start()
-    assert text.wait(30) and [one.settings["seed"] for one in text.shown] == [4, 5], "no other value is given yet"
-    text._other.value = "2.5"
-    text.start()
-    assert text.wait(60) and said(text).startswith("Done: 4 pictures, each 3 steps")
-    drawn = [(one.settings["seed"], one.settings["guidance"]) for one in text.shown]
-    assert drawn == [(4, 4.0), (4, 2.5), (5, 4.0), (5, 2.5)]
+    assert text.wait(30) and said(text).startswith("Done: 2 pictures, each 2 steps")
+    text._compare.value = True
+    for guidance in (3.0, 2.5):
+        text.inputs["guidance"].value = guidance
+        text.start()
+        assert text.wait(30)
+        drawn = [(one.settings["seed"], one.settings["guidance"]) for one in text.shown]
+        assert drawn == [(4, 4.0), (5, 4.0), (4, guidance), (5, guidance)]
     bold = re.findall("<strong>(.*?)</strong>", text._pictures.value)
-    assert bold == ["seed 4, guidance 4", "seed 4, guidance 2.5", "seed 5, guidance 4", "seed 5, guidance 2.5"]
-    text._gallery.children[2].children[1].click()
-    assert (text.inputs["seed"].value, text.inputs["guidance"].value) == (4, 2.5)
-    text._other.value = "much"
+    assert bold == ["seed 4, guidance 4", "seed 5, guidance 4", "seed 4, guidance 2.5", "seed 5, guidance 2.5"]
+    text._gallery.children[5].children[1].click()
+    assert (text.inputs["seed"].value, text.inputs["guidance"].value) == (4, 4.0)
+    text._compare.value = False
     text.start()
-    assert "another value of guidance" in said(text) and 'role="alert"' in text._said.value
+    assert text.wait(30) and len(text.shown) == 2
 
 
-def test_a_comparison_of_an_encoder_is_without_it(pipe):
+def test_the_boxes_of_the_encoders_say_which_are_kept(pipe):
     one = explore.Encoders(pipe, PROMPT, live=False)
-    one.restore(QUICK)
-    one._compared.value = "encoder 3"
+    one.restore(QUICK | {"encoder 3": False})
     one.start()
-    assert one.wait(30) and [drawn.settings["keep"] for drawn in one.shown] == ["123", "12"]
+    assert one.wait(30) and one.shown[0].settings["keep"] == "12"
 
 
 def test_a_negative_seed_is_refused_in_the_widget_too(text):
@@ -647,13 +616,11 @@ def test_a_still_with_the_settings_is_kept_for_where_no_kernel_runs(pipe, monkey
     assert shown[1]["application/vnd.jupyter.widget-view+json"]["model_id"] == one.box.model_id
     assert "children" not in shown[0]["text/plain"] + shown[1]["text/plain"]
     kept = updates[-1]["text/html"]
-    assert f'alt="{PROMPT}; seed 0"' in kept and "seed 0, 3 steps, guidance 4" in kept, "drawn before the cell ends"
+    assert f'alt="{PROMPT}; seed 0"' in kept and "seed 0, steps 2, guidance 4" in kept, "drawn before the cell ends"
     one.inputs["seed"].value = 6
     assert one.wait(30) and f"{PROMPT}; seed 6" in updates[-1]["text/plain"]
     name = re.search('data-sd3kit="([^"]+)"', kept)[1]
-    heading = one.box.children[0].value
-    assert f'[data-sd3kit="{name}"]{{display:none}}' in heading, "beside the explorer itself the still is hidden"
-    assert "display:none" not in kept.replace(re.search("<style>.*?</style>", kept)[0], "")
+    assert f'body:has(.{name}) [data-sd3kit="{name}"]' in kept and name in one.box._dom_classes, "beside it, hidden"
 
 
 # ---- the other explorers
@@ -667,7 +634,7 @@ def test_image_explorer_changes_a_picture_and_inpaints(pipe):
     data = io.BytesIO()
     Image.new("RGB", (90, 60), "red").save(data, "PNG")
     upload(button_named(one, "Picture"), data.getvalue())
-    assert said(one).startswith("Taken: 90 x 60 pixels, of which the middle square is used") and not one.made
+    assert said(one).startswith("Taken: 90 x 60 pixels; the middle square is used") and not gallery(one)
     one.start()
     assert one.wait(30) and one.shown[0].steps == 2
     assert said(one).startswith("Done: 2 steps (strength 0.5 of 4)")
@@ -681,7 +648,7 @@ def test_image_explorer_changes_a_picture_and_inpaints(pipe):
     one.start()
     assert one.wait(30) and "no mask yet" in said(one)
     own = io.BytesIO()
-    explore.mask("ellipse", 0, 0, 0.5, 0.5, size=60).save(own, "PNG")
+    Image.new("L", (60, 60), 255).save(own, "PNG")
     upload(button_named(one, "Mask (white is new)"), own.getvalue())
     one.start()
     assert one.wait(30) and "90 x 60 pixels and the mask 60 x 60" in said(one)
@@ -694,10 +661,10 @@ def test_schedule_explorer_draws_the_curve_before_the_pictures(pipe):
     one.inputs["shift"].value = 6.0
     assert "Shift 6:" in one._below.value
     before = one._below.value
-    one.restore({"steps": 3})
+    one.restore(QUICK)
     one.start()
     assert one.wait(60) and said(one).startswith("Done")
-    assert one._below.value != before and "Sigma over 3 steps" in one._below.value
+    assert one._below.value != before and "Sigma over 2 steps" in one._below.value
 
 
 def test_attention_explorer_follows_word_and_layer_without_drawing_again(pipe, calls):
@@ -706,7 +673,7 @@ def test_attention_explorer_follows_word_and_layer_without_drawing_again(pipe, c
     one.start()
     assert one.wait(60) and one.shown[0].image.size == (64, 64)
     drawn, seen = len(calls[0]), set()
-    for view, value in (("word", "fox"), ("layer", 2), ("step", 1), ("method", "concept")):
+    for view, value in (("word", "fox"), ("layer", 3), ("step", 2), ("method", "concept")):
         one.views[view].value = value
         seen.add(one._below.value)
     assert len(seen) == 4 and len(calls[0]) == drawn
@@ -719,7 +686,7 @@ def test_only_core_widgets(pipe, with_lora):
         *(kind(pipe, live=False) for kind in (explore.Attention, explore.Encoders)),
         explore.Lora(with_lora, live=False),
     ]
-    made[0]._keep(explore.Drawn(Image.new("RGB", (8, 8)), made[0].settings(), 1.0, 3, 3), made[0].settings())
+    made[0]._keep(explore.Drawn(Image.new("RGB", (8, 8)), controls_of(made[0]), 1.0, 3, 3), controls_of(made[0]))
     kinds, without_name, made = set(), [], [getattr(one, "box", one) for one in made]
     while made:
         widget = made.pop()
@@ -732,20 +699,12 @@ def test_only_core_widgets(pipe, with_lora):
     assert kinds == CORE and not without_name
 
 
-def test_the_functions_need_no_widgets():
-    script = """
-import sys
-sys.modules["ipywidgets"] = None  # importing it fails
-import sd3kit
-from sd3kit import explore
-pipe = sd3kit.load("nano", quiet=True)
-pipe.set_progress_bar_config(disable=True)
-print(explore.schedule(pipe, "a fox", steps=1, size=64).steps)
-try:
-    explore.Schedule(pipe)
-except ImportError as error:
-    print(error)
-"""
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.splitlines()[0] == "1" and "Schedule needs ipywidgets: pip install" in ran.stdout
+def test_the_functions_need_no_widgets(pipe, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "ipywidgets", None)  # importing it fails
+        importlib.reload(controls)
+        without.setattr(explorer, "widgets", controls.widgets)
+        assert explore.schedule(pipe, "a fox", steps=1, size=64).steps == 1
+        with pytest.raises(ImportError, match="Explorers need ipywidgets: pip install"):
+            explore.Schedule(pipe)
+    importlib.reload(controls)

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sd3kit import explore
-from sd3kit.explore.drawing import filled
+from sd3kit.explore.drawing import checked
 from sd3kit.pictures import PictureError
 
 PROMPT = "a fox on a blue background, flat"
-QUICK = {"steps": 3, "size": 64}
+QUICK = {"steps": 2, "size": 64}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 # what is given: what must be stored
@@ -37,8 +37,7 @@ REFUSED = {
     "negative prompts": ({"negative_prompt": ["a cat"]}, "negative prompt must be one text, not a list"),
     "bytes": ({"prompt": b"a fox"}, "one text, not a bytes"),
     "none": ({"prompt": None}, "one text, not a NoneType"),
-    "half a character": ({"prompt": "a \ud800 fox"}, "Letter 3 of the prompt is no text"),
-    "endless prompt": ({"prompt": "fox " * 10_000}, "has 40000 letters: use at most 10000"),
+    "half a character": ({"prompt": "a \ud800 fox"}, "A letter of the prompt is no text"),
     "seed below": ({"seed": -5}, "Seed must be a whole number from 0 to .*, not -5"),
     "seed above": ({"seed": 2**63}, "Seed must be"),
     "seed of numpy below": ({"seed": np.int64(-1)}, "Seed must be"),
@@ -70,11 +69,11 @@ STRENGTHS = {
 }
 SCHEDULERS = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {}, 3.0),
-    "heun": ("FlowMatchHeunDiscreteScheduler", {}, 3.0),
-    "DPM-Solver": ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 2.0}, 2.0),
-    "UniPC": ("UniPCMultistepScheduler", FLOW | {"flow_shift": 3.0}, 3.0),
-    "DEIS": ("DEISMultistepScheduler", FLOW, 1.0),
-    "DPM-Solver, single": ("DPMSolverSinglestepScheduler", FLOW, 1.0),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}, None),
+    "DPM-Solver": ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 2.0}, None),
+    "UniPC": ("UniPCMultistepScheduler", FLOW | {"flow_shift": 3.0}, None),
+    "DEIS": ("DEISMultistepScheduler", FLOW, None),
+    "DPM-Solver, single": ("DPMSolverSinglestepScheduler", FLOW, None),
     "LCM": ("FlowMatchLCMScheduler", {}, 3.0),
     "dynamic": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, None),
 }
@@ -83,8 +82,8 @@ NO_FLOW = ("EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepSchedul
 
 @pytest.mark.parametrize(("given", "stored"), TAKEN.values(), ids=TAKEN)
 def test_numbers_of_any_kind_are_stored_as_pythons_own(pipe, given, stored):
-    prompt = given.get("prompt", PROMPT)
-    settings = filled(pipe, prompt, {name: value for name, value in given.items() if name != "prompt"})
+    own = dict.fromkeys(("steps", "guidance", "shift", "size"))
+    settings = checked(pipe, {"prompt": PROMPT, "negative_prompt": "", "seed": 0} | own | given)
     for name, value in stored.items():
         assert settings[name] == value and type(settings[name]) is type(value)
     drawn = explore.Drawn(Image.new("RGB", (8, 8)), settings, 1.0, 1, 1)
@@ -100,15 +99,12 @@ def test_wrong_settings_are_named_before_anything_is_computed(pipe, wrong, words
     try:
         with pytest.raises(ValueError, match=words):
             explore.text_to_image(pipe, **{"prompt": PROMPT, **QUICK, **wrong})
-        if "prompt" not in wrong:
-            with pytest.raises(ValueError, match=words):
-                explore.encoders(pipe, PROMPT, "12", **{**QUICK, **wrong})
     finally:
         hook.remove()
 
 
 def test_a_setting_that_does_not_exist_is_named(pipe):
-    with pytest.raises(TypeError, match="no setting 'cfg': there are"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cfg'"):
         explore.schedule(pipe, PROMPT, cfg=3)
 
 
@@ -132,14 +128,14 @@ def test_schedulers_of_diffusers_draw_what_the_pipeline_draws(scheduled, name, m
     drawn = explore.text_to_image(scheduled, PROMPT, seed=5, watch=seen.append, **QUICK)
     torch.manual_seed(0)  # some add noise of the global generator
     plain = scheduled(
-        PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=3, width=64, height=64,
+        PROMPT, generator=torch.Generator().manual_seed(5), num_inference_steps=2, width=64, height=64,
         guidance_scale=drawn.settings["guidance"], max_sequence_length=40,
     ).images[0]  # fmt: skip
     assert np.array_equal(np.asarray(drawn.image), np.asarray(plain))
     assert drawn.settings.get("shift") == shift
     assert all(torch.isfinite(step.latents).all() for step in seen) and len(seen) == drawn.total
     if shift is None:
-        with pytest.raises(ValueError, match="has no shift that can be set"):
+        with pytest.raises(ValueError, match="takes a shift only when it is made"):
             explore.text_to_image(scheduled, PROMPT, shift=2.0)
         with pytest.raises(ValueError, match="has no shift to look at"):
             explore.schedule(scheduled, PROMPT, **QUICK)
@@ -181,7 +177,8 @@ def turned(image):
     return Image.open(data)
 
 
-left = explore.mask("box", 0, 0, 0.5, 1, 64)
+left = Image.new("L", (64, 64))
+left.paste(255, (0, 0, 32, 64))
 MASKS = {
     "gray": left,
     "RGB": left.convert("RGB"),
@@ -196,29 +193,31 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masks_of_any_kind_mean_the_same(pipe, mask):
-    drawn = explore.inpaint(pipe, Image.new("RGB", (64, 64), "red"), mask, PROMPT, **QUICK)
+    red = Image.new("RGB", (64, 64), "red")
+    drawn = explore.image_to_image(pipe, red, PROMPT, mask=mask, strength=1, steps=1, size=64)
     assert np.array_equal(np.asarray(drawn.data["mask"]), np.asarray(left))
 
 
 @pytest.mark.parametrize(
     ("picture", "mask", "words"),
     [
-        (Image.new("RGB", (200, 100)), explore.mask(), "200 x 100 pixels and the mask 128 x 128"),
+        (Image.new("RGB", (200, 100)), left, "200 x 100 pixels and the mask 64 x 64"),
         (turned(Image.new("RGB", (200, 100))), Image.new("L", (100, 200), 255), "200 x 100 pixels and the mask"),
         (Image.new("RGB", (64, 64)), Image.new("L", (64, 64)), "mask is empty"),
         (Image.new("RGB", (64, 64)), Image.new("RGBA", (64, 64), (255, 255, 255, 0)), "mask is empty"),
-        (Image.new("RGB", (0, 0)), explore.mask(), "picture is empty"),
-        (Image.new("RGB", (1, 60000)), explore.mask(), "1 x 60000"),
+        (Image.new("RGB", (0, 0)), left, "picture is empty"),
+        (Image.new("RGB", (1, 60000)), left, "1 x 60000"),
         (Image.new("RGB", (64, 64)), Image.new("L", (60000, 1), 255), "60000 x 1"),
     ],
 )
 def test_pictures_and_masks_that_do_not_fit_are_refused(pipe, picture, mask, words):
     with pytest.raises(ValueError, match=words):
-        explore.inpaint(pipe, picture, mask, PROMPT, **QUICK)
+        explore.image_to_image(pipe, picture, PROMPT, mask=mask, **QUICK)
 
 
 def test_a_picture_and_a_mask_of_other_sizes_but_one_shape_fit(pipe):
-    drawn = explore.inpaint(pipe, Image.new("RGB", (300, 199)), Image.new("L", (60, 40), 255), PROMPT, **QUICK)
+    wide, mask = Image.new("RGB", (300, 199)), Image.new("L", (60, 40), 255)
+    drawn = explore.image_to_image(pipe, wide, PROMPT, mask=mask, **QUICK)
     assert drawn.data["mask"].size == drawn.data["image"].size == (64, 64)
 
 
@@ -230,18 +229,6 @@ def test_a_picture_of_16_bits_is_scaled_and_one_that_is_clear_lies_on_white(pipe
     assert clear.getpixel((5, 5)) == (255, 255, 255)
     with pytest.raises(PictureError, match="is empty"):
         explore.image_to_image(pipe, Image.new("RGB", (0, 5)), PROMPT, **QUICK)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"size": 10**6}, {"size": 0}, {"size": -5}, {"size": float("nan")}, {"left": float("nan")}, {"right": 1.5},
-        {"top": -0.1}, {"left": 0.5, "right": 0.5}, {"left": "0.5"}, {"bottom": float("inf")}, {"shape": "star"},
-    ],
-)  # fmt: skip
-def test_masks_that_cannot_be_made(given):
-    with pytest.raises(ValueError):
-        explore.mask(**given)
 
 
 # ---- LoRA
@@ -271,16 +258,6 @@ def test_a_file_that_is_no_lora_is_one_sentence(tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"lora\.safetensors is no safetensors file"):
         explore.lora_layout(tmp_path / "lora.safetensors")
-
-
-@pytest.fixture
-def with_lora(pipe):
-    from peft import LoraConfig
-
-    other = diffusers.StableDiffusion3Pipeline(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
-    other.set_progress_bar_config(disable=True)
-    other.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "dog")
-    return other
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 5, "1", None])
