@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from ..lesson import show
+from ..loading.names import USUAL
 
 LIMITS = {
     "seed": (0, 2**63 - 1, int), "steps": (1, 1000, int), "guidance": (1, 20, float), "shift": (0.1, 100, float),
