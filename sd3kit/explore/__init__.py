@@ -1,9 +1,8 @@
 """Explorers: turn a knob and see SD3 answer, in widgets or by plain functions that return the picture and the data.
 
-Each subject is a file with its function and its explorer, which has the same name in capitals: `TextToImage(pipe)` as
-the last line of a cell shows it. Functions need no widgets, and all of them draw by `text_to_image`. `drawing` is what
-a drawing needs, `drawn` what comes out, `explorer` and `controls` what all explorers share. May import `lesson`,
-`loading`, `pictures` and `files`. Start with `text.py`.
+Each subject is a file with its function and its explorer, which the last line of a cell shows. Functions need no
+widgets, and all draw by `text_to_image`. `drawing` is what a drawing needs, `drawn` what comes out, `explorer` and
+`controls` what all explorers share. May import `lesson`, `loading`, `pictures` and `files`. Start with `text.py`.
 """
 
 # ruff: noqa: F401  (the names below are the package's own)

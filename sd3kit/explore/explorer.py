@@ -44,7 +44,6 @@ class Explorer:
     def __init__(self, pipe, prompt: str = IDEAS[0], *, live: bool | None = None):
         """
         Args:
-            pipe: the pipeline; explorers wait for each other.
             live: draw at each change of a control; None is yes for a small model. With nano-turbo the picture follows
                 the typing too.
         """
@@ -255,8 +254,8 @@ class Explorer:
 
         handle = display(self.still(), raw=True, display_id=True)
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        told = "An explorer: run this cell to use it."
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": told}, raw=True)
+        told = {"text/plain": "An explorer: run this cell to use it."}
+        display({"application/vnd.jupyter.widget-view+json": view} | told, raw=True)
         if self._live.value and not self.shown:
             self.start()
             self.wait(60)  # so that this cell's output holds the picture, for a notebook that is run by a program too

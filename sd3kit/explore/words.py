@@ -89,7 +89,7 @@ class Attention(Explorer):
         word = self.views["word"].value
         self.shown = []  # the controls are being set to other pictures
         self.views["word"].options = words
-        self.views["word"].value = word if word in words else max(words, key=len)
+        self.views["word"].value = word if word in words else next((one for one in words if len(one) > 2), words[0])
         self.views["step"].max = steps
         super().show(made)
 

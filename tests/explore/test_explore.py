@@ -226,7 +226,7 @@ def test_lora_scales_count_and_are_put_back(pipe, with_lora):
     strong = explore.lora(with_lora, PROMPT, {"dog": 1.0, "ink": -1.0}, **QUICK)
     assert np.abs(pixels(without.image) - plain).max() <= 1
     assert np.abs(pixels(strong.image) - plain).max() > 10
-    assert strong.settings["scales"] == {"dog": 1.0, "ink": -1.0}
+    assert strong.settings["scales"] == {"dog": 1.0, "ink": -1.0} and "scales dog 1, ink -1" in strong.caption
     assert state() == before and before[1]
     with pytest.raises(ValueError, match="'cat'"):
         explore.lora(with_lora, PROMPT, {"cat": 1.0})
