@@ -93,9 +93,9 @@ def from_png(path_or_bytes: str | os.PathLike | bytes) -> dict[str, Any]:
 
 def in_words(settings: Mapping[str, Any], names: Iterable[str]) -> str:
     """Some settings in one line."""
-    scales = ", ".join(f"{name} {scale:g}" for name, scale in settings.get("scales", {}).items())
-    flat = {**settings, "scales": scales}
-    return ", ".join(f"{name.replace('_', ' ')} {flat[name]}".removesuffix(".0") for name in names)
+    words = {name: f"{value:g}" if isinstance(value, float) else value for name, value in settings.items()}
+    words["scales"] = ", ".join(f"{name} {scale:g}" for name, scale in settings.get("scales", {}).items())
+    return ", ".join(f"{name.replace('_', ' ')} {words[name]}" for name in names)
 
 
 def image_html(image: Image.Image, alt: str, width: int = WIDTH) -> str:
