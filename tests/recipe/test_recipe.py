@@ -78,6 +78,11 @@ def test_muon_on_stacks_takes_torchs_steps(dtype, near):
             assert torch.cosine_similarity(one, two, dim=0) > near
             assert two.norm() == pytest.approx(one.norm(), rel=0.01)
     torch.optim.Muon(weights, **torchs).load_state_dict(state)
+    stack = torch.randn(3, 64, 32)  # together as on a GPU, or one at a time as on a CPU
+    how = (3.4445, -4.775, 2.0315), 4, 1e-7
+    together, apart = training.orthogonal(stack, *how), training.orthogonal(stack[1:2], *how)
+    torch.testing.assert_close(together[1:2], apart)
+    assert 0.5 < torch.linalg.svdvals(together).min() and torch.linalg.svdvals(together).max() < 1.3
 
 
 class Seen(TorchDispatchMode):
