@@ -36,7 +36,7 @@ finally:
     busy.kill()
 print(f"{alone:.0f} ms alone, {beside:.0f} ms beside")
 """
-SPINS = (1_000, 10_000, 100_000)
+SPINS = (1_000, 3_000, 10_000, 100_000)
 ROWS = (("PASSIVE", None, 1), ("PASSIVE", None, 2), *(("PASSIVE", n, 2) for n in SPINS), ("ACTIVE", None, 2))
 
 for policy, spins, threads in ROWS:

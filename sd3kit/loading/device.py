@@ -47,9 +47,10 @@ def use_threads(small: bool) -> None:
     """One thread of torch for a model as small as nano, all for another; what a person chose stays.
 
     Threads that sleep while they wait cost a small model more than they give, and threads that spin cost it far more
-    beside other work. A pass of nano on two cores: 70 ms by one thread (89 beside two busy ones), 93 by two that sleep
-    (87), 57 by two that spin (2,460), 48 with 10,000 spins (275). `benchmarks/threads.py`, 2026-11-28, AMD EPYC,
-    torch 2.13.
+    beside other work. A pass of nano on two cores, ms alone (and beside two busy threads), in three runs: one thread
+    63 to 70 (81 to 89), two that spin 57 to 64 (132 to 2,460), two that sleep 93 (87). Two with GOMP_SPINCOUNT=3000
+    take 45 to 58 (130 to 160): set that where the machine is yours alone. `benchmarks/threads.py`, 2026-11-28, AMD
+    EPYC, torch 2.13.
     """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() in (1, THREADS):
         torch.set_num_threads(1 if small else THREADS)

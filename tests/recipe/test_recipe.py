@@ -270,8 +270,9 @@ def test_the_model_card_shows_the_stored_record():
 def test_evaluate_measures_every_figure(pipe, judge, art, monkeypatch):
     timed = functools.partial(evaluate.seconds, calls=1, num_inference_steps=2)
     monkeypatch.setattr(evaluate, "seconds", timed)
+    monkeypatch.setattr(evaluate, "SCALES", (1.0, 4.5))
     record = evaluate.evaluate(pipe, judge, count=4, art=art, num_inference_steps=2)
-    assert len(record["figures"]) == 10 and list(record["guidance"]) == ["1", "2", "3", "4.5", "7", "10"]
+    assert len(record["figures"]) == 10 and list(record["guidance"]) == ["1", "4.5"]
     for figures in record["figures"].values():
         assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
     assert set(record["floors"]) >= set(evaluate.KINDS) and record["psnr"] > 20
