@@ -37,7 +37,7 @@ def text_to_image(
             noise of its own at each step (LCM, SA) does not draw the same again. It is left as it was.
         prompt, negative_prompt: what it should show, and what to move away from; one text each.
         seed: of the noise it starts from, 0 to 2^63 - 1.
-        steps: 1 to 1000. guidance: 1 (none) to 20. None is what the model is made for: 28 and 7, or 4 and 1 for
+        steps: 1 to 1000. guidance: 1 (none) to 20. None is what the model is made for: 28 and 4 for nano, 4 and 1 for
             nano-turbo.
         shift: the scheduler's for this picture, 0.1 to 100; None is the pipeline's own.
         size: pixels of each side, a multiple of 16; None is the model's own.

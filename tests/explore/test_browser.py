@@ -183,6 +183,7 @@ from peft import LoraConfig
 from sd3kit import explore
 
 pipe = sd3kit.load(quiet=True)
+pipe.own_settings = {"steps": 8, "guidance": 4.0}  # what is drawn here need not be good
 pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
 for explorer in (explore.Schedule, explore.Attention, explore.Encoders, explore.Lora):
     display(explorer(pipe, "a fox on a blue background, flat"))"""
