@@ -12,8 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
-# A test process for each core, each with one thread: several threads in each would wait for one another.
-SPREAD := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup
+# A test process for each core and one more, since some wait for a browser or a server; each with one thread: several
+# threads in each would wait for one another.
+PROCESSES := $(shell $(PYTHON) -c "import os; print(min(8, (os.cpu_count() or 1) + 1))")
+SPREAD := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist loadgroup
 
 # Threads that wait must not spin, see sd3kit/__init__.py; what is set already stays.
 export OMP_WAIT_POLICY ?= PASSIVE

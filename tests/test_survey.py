@@ -21,6 +21,7 @@ def two(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.night  # four kernels, each started by a pytest of its own
 def test_a_survey_tries_nano_and_then_the_model_that_is_set(two, capsys):
     assert lessons.main(["--survey", str(two / "out"), "--timeout", "60"]) == 1
     head, _, _, _, *rows = (two / "out" / "table.md").read_text().splitlines()

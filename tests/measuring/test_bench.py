@@ -114,7 +114,10 @@ NEAR = {
 }
 
 
-@pytest.mark.parametrize("name", [*EXACT, *NEAR])
+# one starts a process that loads the libraries anew
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.night] * (n == "prompt_apart")) for n in (*EXACT, *NEAR)]
+)
 def test_a_recipe_that_runs_on_a_processor_draws_the_defaults_picture(runner, name):
     if name.startswith(("t5_int8", "t5_nf4")):
         pytest.importorskip("bitsandbytes")
