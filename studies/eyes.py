@@ -25,15 +25,28 @@ ANSWERS = Path(__file__).with_name("eyes.json")
 SIDE = 400  # pixels at which a picture is shown
 
 
-def draw(folder: Path) -> None:
-    """Draw with nano's own steps and guidance; each line of `asked.json` has what was asked and what the judge saw."""
-    judge, settings = Judge(), own_settings("nano")
-    asked = [
+def asked(judge: Judge) -> list[scenes.Scene]:
+    """The sixty scenes, in the order of their numbers."""
+    found = [
         scene for kind, n in (("single", 44), ("sign", 16)) for scene in evaluate.ask(kind, n, judge.subjects, True, 60)
     ]
-    random.Random(60).shuffle(asked)
+    random.Random(60).shuffle(found)
+    return found
+
+
+def row(scene: scenes.Scene) -> dict[str, str]:
+    """What was asked, by the names that the reader answers with."""
+    return {
+        "subject": scene.subjects[0].name, "style": scene.style, "colour": scene.colour, "text": scene.text
+    }  # fmt: skip
+
+
+def draw(folder: Path) -> None:
+    """Draw with nano's own steps and guidance; each row of `asked.json` has what was asked and what the judge saw."""
+    judge, settings = Judge(), own_settings("nano")
+    wanted = asked(judge)
     made = evaluate.pictures(
-        load("nano"), [scenes.caption(scene) for scene in asked], seed=600,
+        load("nano"), [scenes.caption(scene) for scene in wanted], seed=600,
         num_inference_steps=settings["steps"], guidance_scale=settings["guidance"],
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,13 +57,8 @@ def draw(folder: Path) -> None:
             sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), corner)
             ImageDraw.Draw(sheet).text((corner[0], corner[1] - 22), str(first + j), "black", font_size=18)
         sheet.save(folder / f"sheet{first // 6}.png")
-    rows = [
-        {
-            "subject": scene.subjects[0].name, "style": scene.style, "colour": scene.colour, "text": scene.text,
-            "judge": evaluate.judge_scene(judge, image, scene),
-        }
-        for image, scene in zip(made, asked, strict=True)
-    ]  # fmt: skip
+    pairs = zip(made, wanted, strict=True)
+    rows = [row(scene) | {"judge": evaluate.judge_scene(judge, image, scene)} for image, scene in pairs]
     files.write_whole(folder / "asked.json", json.dumps(rows, indent=1))
 
 
