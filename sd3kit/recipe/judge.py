@@ -59,11 +59,14 @@ def _pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
 def _mask(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Where the subject is, from (..., H, W, 3): far from the background's colour as a mean of 3 x 3 pixels, so that
     no lone speck counts."""
-    away = pixels - colour
-    padded = np.pad(away, [(0, 0)] * (away.ndim - 3) + [(1, 1), (1, 1), (0, 0)], mode="edge")
-    rows = padded[..., :-2, :, :] + padded[..., 1:-1, :, :] + padded[..., 2:, :, :]
-    mean = (rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]) / 9
-    return np.abs(mean).max(-1) > _EDGE
+    found = np.zeros(pixels.shape[:-1], bool)
+    for channel, level in enumerate(colour):  # one at a time is four times as fast as numpy's last axis of three
+        away = np.ascontiguousarray(pixels[..., channel]) - level
+        padded = np.pad(away, [(0, 0)] * (away.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
+        rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
+        mean = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
+        found |= np.abs(mean) > _EDGE
+    return found
 
 
 def _extents(filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,16 +107,15 @@ class Judge:
         rows = sheet.shape[0] // _STORED
         sheet = sheet.reshape(rows, _STORED, -1, _STORED, 4).swapaxes(1, 2)[:subjects]
         self.subjects = scenes.SUBJECTS[: len(sheet)]
-        self._icons = sheet
+        alpha = sheet[..., 3:] / 255
+        self._inks, self._clear = sheet[..., :3] * alpha, 1 - alpha
         self._at = functools.lru_cache(maxsize=64)(self._templates)
 
     def _templates(self, colour: tuple[int, int, int]) -> np.ndarray:
         """Every template on a background, normalised: (subjects, styles, side, side, 3)."""
         rgb = np.array(colour, np.float32)
-        alpha = self._icons[..., 3:] / 255
-        composed = self._icons[..., :3] * alpha + rgb * (1 - alpha)
-        normal = _normal(composed.reshape(-1, _STORED, _STORED, 3), rgb)  # an icon of that colour matches nothing
-        return normal.reshape(*self._icons.shape[:2], _SIDE, _SIDE, 3)
+        composed = (self._inks + rgb * self._clear).reshape(-1, _STORED, _STORED, 3)
+        return _normal(composed, rgb).reshape(*self._inks.shape[:2], _SIDE, _SIDE, 3)  # its own colour: like nothing
 
     def background(self, image: Image.Image, box: Box = WHOLE) -> str:
         """The name of the background's colour, in all of the picture or in a box of it."""
@@ -127,7 +129,7 @@ class Judge:
         colour = background(pixels)
         cut = _normal(pixels[None], colour)[0]
         if cut[0, 0, 0] == _NOTHING:
-            return np.full(self._icons.shape[:2], np.inf)
+            return np.full(self._inks.shape[:2], np.inf)
         templates = self._at(tuple(min(255, int(v)) for v in (colour / 4).round() * 4))
         return np.square(templates - cut).mean((2, 3, 4))
 

@@ -17,6 +17,7 @@ from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
 from sd3kit.recipe import art as art_module
 from sd3kit.recipe import autoencoder, evaluate, flow, pool, reading, scenes, text, training, turbo
+from sd3kit.recipe.judge import Judge
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -267,11 +268,11 @@ def test_the_model_card_shows_the_stored_record():
     assert shown == evaluate.markdown(json.loads(command.RECORD.read_text(encoding="utf-8")))
 
 
-def test_evaluate_measures_every_figure(pipe, judge, art, monkeypatch):
+def test_evaluate_measures_every_figure(pipe, art, monkeypatch):
     timed = functools.partial(evaluate.seconds, calls=1, num_inference_steps=2)
     monkeypatch.setattr(evaluate, "seconds", timed)
     monkeypatch.setattr(evaluate, "SCALES", (1.0, 4.5))
-    record = evaluate.evaluate(pipe, judge, count=4, art=art, num_inference_steps=2)
+    record = evaluate.evaluate(pipe, Judge(24), count=4, art=art, num_inference_steps=2)
     assert len(record["figures"]) == 10 and list(record["guidance"]) == ["1", "4.5"]
     for figures in record["figures"].values():
         assert all(0 <= f["low"] <= f["share"] <= f["high"] <= 1 for f in figures.values())
