@@ -1,5 +1,6 @@
 """Threads that wait must sleep: a drawing beside other work is a little slower, not forty times."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import torch
 
 import sd3kit
 from sd3kit.loading import device
+
+pytestmark = pytest.mark.xdist_group("threads")  # in one test process, so that the drawing is made once
 
 # Two threads of torch that never rest, and that themselves sleep while they wait: the worst neighbour that was found.
 BUSY = """
@@ -25,6 +28,7 @@ import sd3kit
 from sd3kit import explore
 
 pipe = sd3kit.load("nano", quiet=True)
+compiler = "torch._inductor.compile_fx" in sys.modules
 
 
 def seconds():
@@ -43,22 +47,31 @@ try:
     beside = statistics.median(seconds() for _ in range(3))
 finally:
     busy.kill()
-print(json.dumps([alone, beside]))
+import torch
+
+twice = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
+compiled = torch._dynamo.utils.counters["frames"]["ok"]
+print(json.dumps([alone, beside, compiler, twice * compiled]))
 """
 
 
-def alone_and_beside(**policy: str) -> tuple[float, float]:
-    """Seconds of a short drawing by two threads, alone and beside two busy ones, in a process that sd3kit prepares."""
-    given = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_NUM_THREADS": "2"} | policy
+@functools.cache
+def drawn() -> tuple[float, float, bool, float]:
+    """Of a process that sd3kit prepares: the seconds of a short drawing by two threads, alone and beside two busy ones;
+    whether `load` brought torch's compiler; 2 where torch.compile then serves."""
+    given = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_NUM_THREADS": "2"}
     run = subprocess.run([sys.executable, "-c", DRAW], env=given, capture_output=True, text=True, check=True)
-    alone, beside = json.loads(run.stdout.splitlines()[-1])
-    return alone, beside
+    return tuple(json.loads(run.stdout.splitlines()[-1]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the neighbours were measured on Linux")
 def test_a_drawing_beside_busy_threads_takes_less_than_five_times_as_long():
-    alone, beside = alone_and_beside()
+    alone, beside, *_ = drawn()
     assert beside < 5 * alone, (alone, beside)
+
+
+def test_load_leaves_the_compiler_out_and_in_order():
+    assert drawn()[2:] == (False, 2)
 
 
 def test_a_policy_that_was_set_stays(tmp_path):

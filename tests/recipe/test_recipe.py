@@ -248,6 +248,26 @@ def test_the_autoencoder_learns_and_continues(art, device, tmp_path, monkeypatch
     assert stored.config.scaling_factor == vae.config.scaling_factor > 0
 
 
+def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(pipe, art, monkeypatch):
+    """Each redrawn latent is near that of its own picture; the encoder, and with it every latent, stays."""
+    drawn = autoencoder.random_picture(art, random.Random(0))
+    monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: drawn)
+    latents, pictures = autoencoder.redrawn(pipe, art, 4, batch=2)
+    assert latents.shape == (4, 16, 16, 16) and pictures.shape == (4, 3, 128, 128)
+    vae = AutoencoderKL.from_pretrained(NANO / "vae").requires_grad_(False)
+    own = vae.encode(pictures / 127.5 - 1).latent_dist.mode()
+    apart = (latents[:, None] - own).square().mean((2, 3, 4))
+    assert apart.argmin(1).tolist() == [0, 1, 2, 3] and apart.diagonal().max() < 0.5 * apart.median()
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    seen = []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: seen.append(z.shape) or decode(z))
+    autoencoder.polish(art, vae, 0.02, again=(latents, pictures), batch=4)
+    assert {(4, 16, 8, 8), (1, 16, 16, 16)} == {tuple(shape) for shape in seen}
+    changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder"}
+
+
 def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
     for package, _ in art_module.SOURCES.values():
         name, _, version = package.rpartition("@")
