@@ -58,11 +58,14 @@ notebooks: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# What a learner needs; the tests need more.
-$(VENV)/lab: pyproject.toml constraints.txt torch-cpu.txt
+# What a learner needs; the tests need more, and bring it in one go.
+$(VENV)/torch: pyproject.toml constraints.txt torch-cpu.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'sd3kit needs Python 3.11 to 3.13; set PYTHON=')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --retries 1 --no-deps -c constraints.txt $(TORCH)
+	touch $@
+
+$(VENV)/lab: $(VENV)/torch
 	$(PIP) install -q -c constraints.txt -e .[lab]
 	touch $@
 
@@ -70,7 +73,7 @@ $(VENV)/app: $(VENV)/lab
 	$(PIP) install -q -c constraints.txt -e .[site]
 	touch $@
 
-$(VENV)/ready: $(VENV)/lab
+$(VENV)/ready: $(VENV)/torch
 	$(PIP) install -q -c constraints.txt -e .[dev]
 	touch $@
 

@@ -154,6 +154,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(scenes, "SUBJECTS", scenes.SUBJECTS[:4])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)  # one process draws, as on a GPU
     monkeypatch.setattr(pool.Pool, "renew", lambda self, times=1, renew=pool.Pool.renew: renew(self, 1))
+    monkeypatch.setattr(pool, "AT_ONCE_ON_GPU", 4)
     for tokenizer in NANO.glob("tokenizer*"):  # which are trained where they are not
         shutil.copytree(tokenizer, tmp_path / tokenizer.name)
     return AutoencoderKL(**autoencoder.CONFIG), text.Text(tmp_path)
@@ -172,9 +173,9 @@ def test_recipe_reading(art, small, device, tmp_path):
 
 
 def test_recipe_autoencoder(art, device, tmp_path, monkeypatch):
-    """Without what would take its time: 512 pictures to begin with, and the measurement of the scaling factor."""
-    random = np.random.default_rng(0)
-    monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: random.random((128, 128, 3), np.float32) * 255)
+    """Without what would take its time: pictures to begin with, and the measurement of the scaling factor."""
+    noise = np.random.default_rng(0).random((128, 128, 3), np.float32) * 255
+    monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: noise)
     monkeypatch.setattr(autoencoder, "finish", lambda vae, art, out: vae)
     vae = autoencoder.train(art, tmp_path, 1e-6, device=device, batch=2)
     autoencoder.polish(art, vae, 1e-6, device=device, batch=2)
