@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors.numpy import load_file
+
 from sd3kit import records
 from sd3kit.files import check_writable
 from sd3kit.loading.names import NANO
@@ -20,11 +22,18 @@ def mean(values: Sequence[float]) -> dict:
 
 
 def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
-    """Twelve digits that tell these parts' weights from any others; by default those of all parts."""
+    """Twelve digits that tell these parts' weights from any others; by default those of all parts.
+
+    "vae:encoder" are those tensors of a part whose names begin so: a decoder that learns on leaves the latents alone.
+    """
     digest = hashlib.sha256()
-    for part in sorted(parts):
+    for part, _, inside in sorted(part.partition(":") for part in parts):
         for path in sorted((folder / part).rglob("*.safetensors")):
-            digest.update(path.read_bytes())
+            if not inside:
+                digest.update(path.read_bytes())
+                continue
+            for name, values in sorted(load_file(path).items()):
+                digest.update(values.tobytes() if name.startswith(inside) else b"")
     return digest.hexdigest()[:12]
 
 

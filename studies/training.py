@@ -26,7 +26,7 @@ from .store import Study
 
 NAMES = ("apple", "star", "heart", "sun", "frog", "pizza", "panda", "tree")
 COLOURS = ("red", "blue", "green", "yellow")
-PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae:encoder")
 STEPS, BATCH, RATE = 400, 32, 2e-3
 Sampler = Callable[[int], torch.Tensor]
 
