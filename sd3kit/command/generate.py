@@ -124,10 +124,11 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
     files.check_writable(path)
     from tqdm.auto import tqdm
 
-    from ..explore import text_to_image
     from ..loading.pipeline import load
 
     pipe = load(options.model)
+    from ..explore import text_to_image  # after `load`, which imports diffusers in less time
+
     with tqdm(total=options.steps, desc="steps", unit="step") as bar:
         drawn = text_to_image(pipe, prompt, seed=options.seed, watch=lambda step: bar.update(1), **_settings(options))
     data = drawn.png()

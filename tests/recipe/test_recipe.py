@@ -262,8 +262,8 @@ def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(pipe, art, mon
     seen = []
     decode = vae.decode
     monkeypatch.setattr(vae, "decode", lambda z: seen.append(z.shape) or decode(z))
-    autoencoder.polish(art, vae, 0.02, again=(latents, pictures), batch=4)
-    assert {(4, 16, 8, 8), (1, 16, 16, 16)} == {tuple(shape) for shape in seen}
+    autoencoder.polish(art, vae, 0.02, again=(latents, pictures), batch=2)
+    assert len(seen) > 1 and {tuple(shape) for shape in seen} == {(2, 16, 16, 16)}
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder"}
 
