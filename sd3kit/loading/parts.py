@@ -8,6 +8,7 @@ so that the error names the file. A tokenizer must fit its encoder, and each wei
 import importlib
 import itertools
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def load(folder: Path, given: Collection[str], variant: str | None, dtype: torch
             raise
         except Exception as error:
             look(folder / name)
+            files = (folder / name).glob("*.safetensors")
+            kinds = [re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$", file.name) for file in files]
+            if not variant and kinds and all(kinds):
+                only = kinds[0][1]
+                raise LoadError(f'{folder} has its weights only as variant="{only}": give load that too.') from error
             words = (str(error).strip().splitlines() or [""])[0][:300]
             raise Damaged(folder / name, f"cannot be loaded ({type(error).__name__}: {words})") from error
     _words_fit(folder, parts)
