@@ -44,12 +44,12 @@ def parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("folder", type=Path, help="where it goes")
     pack.add_argument("--work", type=Path, default=cache, help="the folder of the sources (%(default)s)")
-    polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
-    polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
+    polish = commands.add_parser(
+        "polish", help="let the decoder learn to bear the flow's errors; run again to continue"
+    )
+    polish.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
     polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
-    polish.add_argument("--minutes", type=float, default=10)
-    again = "scenes that the pipeline draws again, so that the decoder learns to bear its errors (%(default)s)"
-    polish.add_argument("--again", type=int, default=4000, help=again)
+    polish.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
     polish.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
     few = commands.add_parser("turbo", help="distil a LoRA that draws in four steps; run again to continue")
     few.add_argument("--work", type=Path, default=cache, help="folder for checkpoints (%(default)s)")
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Look at the options before hours of work, then do what they ask for. UserError: what is wrong with them."""
-    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000), "again": (0, 100_000)}
+    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000)}
     for name, value in vars(options).items():
         low, high = limits.get(name, (0.001, 1e6) if "minutes" in name else (None, None))
         if low is not None and not low <= value <= high:
@@ -121,9 +121,9 @@ def train(options: argparse.Namespace) -> int:
 
 
 def polish(options: argparse.Namespace) -> int:
-    art, pipe = Art(options.work), load(options.out, device=options.device, dtype=torch.float32)
-    again = autoencoder.redrawn(pipe, art, options.again) if options.again else None
-    vae = autoencoder.polish(art, pipe.vae, options.minutes, again=again, device=options.device)
+    options.work.mkdir(parents=True, exist_ok=True)
+    pipe = load(options.out, device=options.device, dtype=torch.float32)
+    vae = autoencoder.polish(pipe, Art(options.work), options.work, options.minutes)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
     flow.tidy_configurations(options.out)
     return 0

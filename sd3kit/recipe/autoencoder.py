@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Img2ImgPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from . import scenes
 from .art import SIZE, Art, draw, place, to_tensor
@@ -205,60 +204,57 @@ def train(
 
 
 @torch.no_grad()
-def redrawn(pipe, art: Art, count: int, seed: int = 0, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scenes, and what a pipeline makes of them: its latents (N, 16, 16, 16), unscaled, and the pictures as uint8
-    (N, 3, 128, 128).
+def redrawn(pipe, art: Art, rng: random.Random, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many scenes, and what the pipeline makes of them: the pictures (N, 3, 128, 128) in -1..1, and the latents
+    (N, 16, 16, 16) as the decoder takes them.
 
     Image to image at a strength from 0.15 to 0.6 leaves everything in its place and adds the errors that the flow
-    makes, at all guidance scales from 1.5 to 8.
+    makes, at guidance scales from 1.5 to 8.
     """
     again = StableDiffusion3Img2ImgPipeline.from_pipe(pipe)
     again.set_progress_bar_config(disable=True)
-    rng, latents, pictures = random.Random(seed), [], []
-    torch.manual_seed(seed)
-    for _ in tqdm(range(0, count, batch), desc="drawing again", unit="batch"):
-        kinds = rng.choices(("single", "sign", "pair", "count", "split"), (5, 2, 1, 1, 1), k=batch)
-        asked = [scenes.random_scene(rng, art.subjects, kind) for kind in kinds]
-        drawn = np.stack([draw(scene, art, rng).round().astype(np.uint8) for scene in asked])
-        made = again(
-            [scenes.caption(scene) for scene in asked], image=[Image.fromarray(picture) for picture in drawn],
-            strength=rng.uniform(0.15, 0.6), guidance_scale=rng.uniform(1.5, 8), num_inference_steps=20,
-            max_sequence_length=40, output_type="latent",
-        )  # fmt: skip
-        latents.append(made.images.cpu() / pipe.vae.config.scaling_factor)
-        pictures.append(torch.from_numpy(drawn).permute(0, 3, 1, 2))
-    return torch.cat(latents), torch.cat(pictures)
+    kinds = rng.choices(("single", "sign", "pair", "count", "split"), (5, 2, 1, 1, 1), k=count)
+    asked = [scenes.random_scene(rng, art.subjects, kind) for kind in kinds]
+    pictures = [draw(scene, art, rng).round() for scene in asked]
+    made = again(
+        [scenes.caption(scene) for scene in asked],
+        image=[Image.fromarray(picture.astype(np.uint8)) for picture in pictures],
+        strength=rng.uniform(0.15, 0.6),
+        guidance_scale=rng.uniform(1.5, 8),
+        num_inference_steps=20,
+        max_sequence_length=40,
+        output_type="latent",
+    )
+    return to_tensor(pictures).to(pipe.device), made.images / pipe.vae.config.scaling_factor
 
 
 def polish(
-    art: Art,
-    vae: AutoencoderKL,
-    minutes: float,
-    *,
-    again: tuple[torch.Tensor, torch.Tensor] | None = None,
-    device: str = "cpu",
-    rate: float = 5e-4,
-    batch: int = 8,
+    pipe, art: Art, work: Path, minutes: float, *, rate: float = 5e-4, batch: int = 8, every: int = 8
 ) -> AutoencoderKL:
-    """Let the decoder alone learn on, in place. The latents stay as they are, and with them all that a flow learnt.
+    """Let the decoder of a pipeline learn to bear the errors that its flow makes, in place. The latents stay as they
+    are, and with them all that a flow learnt. Goes on from `work`/decoder.pt, which an interrupted run leaves.
 
-    Every second batch is of `again`, as `redrawn` gives it: the decoder learns to make clean pictures of latents that
-    are a little wrong. Its pictures are whole, as in use: GroupNorm sees all of them, and crops cost 0.3 dB.
+    Every second batch is of what the pipeline has `redrawn`, some more at every so many steps. Pictures are whole, as
+    in use: GroupNorm sees all of them, and learning on from crops cost 0.3 dB.
     """
-    dtype = fast_dtype(device)
-    vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    vae, device = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False), pipe.device.type
     vae.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.decoder.parameters()), 0.998), Budget(minutes, "decoder")
-    whole = Crops(art, device, 2, side=SIZE)
+    kept = {"decoder": vae.decoder, "optimizer": optimizer, "average": average, "budget": budget}
+    restore_parts(kept, work / "decoder.pt")
+    rng, dtype = random.Random(budget.steps), fast_dtype(device)
+    torch.manual_seed(budget.steps)
+    whole, known = Crops(art, device, budget.steps, side=SIZE), []
     for done in budget:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (budget.steps + 1) / 100) * cosine(done, 0.1, 0.01)
+        if budget.steps % every == 0 or not known:
+            save_parts(kept, work / "decoder.pt")
+            known += zip(*redrawn(pipe, art, rng), strict=True)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            if again and budget.steps % 2:
-                chosen = torch.randint(len(again[0]), (batch,))
-                z, x = (part[chosen].to(device).float() for part in again)
-                x = x / 127.5 - 1
+            if budget.steps % 2:
+                x, z = map(torch.stack, zip(*rng.choices(known, k=batch), strict=True))
             else:
                 x = whole(batch)
                 z = vae.encode(x).latent_dist.mean
@@ -271,6 +267,7 @@ def polish(
         average.update()
         budget.notes = {"loss": f"{loss.item():.4f}"}
     average.swap()
+    (work / "decoder.pt").unlink(missing_ok=True)
     return vae.to("cpu", memory_format=torch.contiguous_format).requires_grad_(False)
 
 

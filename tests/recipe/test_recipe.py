@@ -248,22 +248,34 @@ def test_the_autoencoder_learns_and_continues(art, device, tmp_path, monkeypatch
     assert stored.config.scaling_factor == vae.config.scaling_factor > 0
 
 
-def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(pipe, art, monkeypatch):
+def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, tmp_path, monkeypatch):
     """Each redrawn latent is near that of its own picture; the encoder, and with it every latent, stays."""
     drawn = autoencoder.random_picture(art, random.Random(0))
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: drawn)
-    latents, pictures = autoencoder.redrawn(pipe, art, 4, batch=2)
-    assert latents.shape == (4, 16, 16, 16) and pictures.shape == (4, 3, 128, 128)
-    vae = AutoencoderKL.from_pretrained(NANO / "vae").requires_grad_(False)
-    own = vae.encode(pictures / 127.5 - 1).latent_dist.mode()
-    apart = (latents[:, None] - own).square().mean((2, 3, 4))
+    pipe = StableDiffusion3Pipeline.from_pretrained(NANO).to(device)
+    vae = pipe.vae
+    pictures, latents = autoencoder.redrawn(pipe, art, random.Random(0), 4)
+    assert latents.shape == (4, 16, 16, 16) and pictures.shape == (4, 3, 128, 128) and pictures.min() >= -1
+    with torch.no_grad():
+        apart = (latents[:, None] - vae.encode(pictures).latent_dist.mode()).square().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1, 2, 3] and apart.diagonal().max() < 0.5 * apart.median()
-    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
-    seen = []
-    decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda z: seen.append(z.shape) or decode(z))
-    autoencoder.polish(art, vae, 0.02, again=(latents, pictures), batch=2)
-    assert len(seen) > 1 and {tuple(shape) for shape in seen} == {(2, 16, 16, 16)}
+    before = {name: weight.cpu().clone() for name, weight in vae.state_dict().items()}
+    redrawn, loss, losses = autoencoder.redrawn, autoencoder.picture_loss, []
+
+    def stopped(*pictures):
+        losses.append(loss(*pictures))
+        if len(losses) == 4:
+            raise KeyboardInterrupt
+        return losses[-1]
+
+    monkeypatch.setattr(autoencoder, "redrawn", lambda pipe, art, rng: redrawn(pipe, art, rng, 2))
+    monkeypatch.setattr(autoencoder, "picture_loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.polish(pipe, art, tmp_path, 1, batch=1, every=2)
+    spent = torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]
+    assert spent["steps"] == 2
+    autoencoder.polish(pipe, art, tmp_path, spent["spent"] / 60 + 0.01, batch=1, every=2)
+    assert not (tmp_path / "decoder.pt").exists(), "the next decoder begins anew"
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder"}
 
