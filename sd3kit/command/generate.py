@@ -46,10 +46,19 @@ def run(options: argparse.Namespace) -> None:
         UserError, LoadError: one sentence, before anything is drawn, or when a picture cannot be written.
     """
     prompts = _validate(options)
-    if options.prompts is None and options.count == 1:
-        _one(options, prompts[0])
-    else:
-        _many(options, prompts)
+    try:
+        if options.prompts is None and options.count == 1:
+            _one(options, prompts[0])
+        else:
+            _many(options, prompts)
+    except Exception as error:
+        from ..loading.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "the memory is full: give a smaller --size or --model; lesson 04 shows what else fits."
+        ) from error
 
 
 def _validate(options: argparse.Namespace) -> list[str]:

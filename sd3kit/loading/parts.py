@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .device import is_out_of_memory
 from .names import LoadError
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded here; others are left to the pipeline
@@ -101,9 +102,11 @@ def load(folder: Path, given: Collection[str], variant: str | None, dtype: torch
             raise Damaged(folder / "model_index.json", f"asks for {kind}, which this {library} does not have")
         try:
             parts[name] = _part(folder, name, cls, variant, dtype)
-        except (torch.OutOfMemoryError, MemoryError, Damaged):
+        except Damaged:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             look(folder / name)
             files = (folder / name).glob("*.safetensors")
             kinds = [re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$", file.name) for file in files]
