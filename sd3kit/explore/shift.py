@@ -16,8 +16,9 @@ from .text import text_to_image
 
 def sigmas(pipe, steps: int, shift: float) -> torch.Tensor:
     """The noise levels (steps + 1,) from near 1 down to 0, as the pipeline's scheduler sets them."""
-    scheduler = scheduler_of(pipe, number("shift", shift, *LIMITS["shift"]))
-    scheduler.set_timesteps(number("steps", steps, *LIMITS["steps"]))
+    steps = number("steps", steps, *LIMITS["steps"])
+    scheduler = scheduler_of(pipe, number("shift", shift, *LIMITS["shift"]), steps)
+    scheduler.set_timesteps(steps)
     return scheduler.sigmas.cpu()
 
 

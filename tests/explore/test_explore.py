@@ -176,7 +176,7 @@ def test_inpaint_changes_the_masked_part_only(pipe):
     assert anew > 3 * kept, (anew, kept)
 
 
-def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe):
+def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe, turbo):
     reached = []
     settings = {"steps": 3, "shift": 6.0, "size": 64}
     drawn = explore.schedule(pipe, PROMPT, watch=lambda step: reached.append(step.sigma), **settings)
@@ -184,6 +184,7 @@ def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pip
     assert [preview.size for preview in drawn.data["previews"]] == [(8, 8)] * 3
     assert (explore.sigmas(pipe, 4, 6.0)[1:-1] > explore.sigmas(pipe, 4, 1.0)[1:-1]).all()
     picture = explore.curve(drawn.data["sigmas"], 6.0, drawn.data["previews"])
+    assert explore.sigmas(turbo, 1, 3.0).tolist() == [1.0, 0.0], "one level cannot be stretched"
     assert "Shift 6" in picture.alt and picture.image.width > 300
 
 
@@ -232,6 +233,11 @@ def test_lora_scales_count_and_are_put_back(pipe, with_lora):
         explore.lora(with_lora, PROMPT, {"cat": 1.0})
     with pytest.raises(ValueError, match="No LoRA is loaded"):
         explore.lora(pipe, PROMPT, {"dog": 1.0})
+    with_lora.disable_lora()
+    with pytest.raises(ValueError, match="switched off"):
+        explore.lora(with_lora, PROMPT, {"dog": 1.0})
+    with_lora.enable_lora()
+    assert state() == before
     one = explore.Lora(with_lora, PROMPT, live=False)
     one.restore(QUICK | {"scale of dog": 0.5, "scale of ink": 0.0})
     one.start()
@@ -561,6 +567,11 @@ def test_a_missing_file_has_no_settings(tmp_path):
 def test_unknown_settings_in_a_png_are_left_out():
     text = json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"})
     assert explore.from_png(png_with(text)) == {"prompt": "a fox", "seed": 1}
+
+
+def test_what_lies_beyond_a_slider_is_restored_all_the_same(text):
+    text.restore({"prompt": "a fox", "steps": 100, "shift": 20.0, "width": 80, "height": 208})
+    assert {name: text.inputs[name].value for name in ("steps", "shift")} == {"steps": 100, "shift": 20.0}
 
 
 def test_several_seeds_and_what_they_are_compared_with_stand_side_by_side(text):
