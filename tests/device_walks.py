@@ -183,9 +183,9 @@ def test_recipe_autoencoder(art, device, tmp_path, monkeypatch):
 def test_recipe_polish(art, device, tmp_path, monkeypatch):
     noise, redrawn = np.zeros((128, 128, 3), np.float32), autoencoder.redrawn
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: noise)
-    monkeypatch.setattr(autoencoder, "redrawn", lambda pipe, art, rng: redrawn(pipe, art, rng, 2))
+    monkeypatch.setattr(autoencoder, "redrawn", lambda *given: redrawn(*given, 2))
     pipe = StableDiffusion3Pipeline.from_pretrained(NANO).to(device)
-    autoencoder.polish(pipe, art, tmp_path, 1e-6, batch=1)
+    autoencoder.polish(pipe, 4, art, tmp_path, 1e-6, batch=1)
 
 
 def test_studies(pipe, monkeypatch):

@@ -153,8 +153,7 @@ def save_result(
         with torch.device("meta"):
             trained = SD3Transformer2DModel.from_config(plain.transformer.config)
         trained.load_state_dict(own, assign=True)
-        # with a device_map, even none, it stays on the CPU: the training fills the device
-        pipe = load(settings, accelerator, dtype, transformer=trained, device_map=None)
+        pipe = load(settings, accelerator, dtype, transformer=trained, device="cpu")  # the training fills the device
     with writing("The result", out):
         shutil.rmtree(part, ignore_errors=True)
         if settings.full_finetuning:

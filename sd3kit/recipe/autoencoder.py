@@ -12,6 +12,7 @@ Three things make it work on so little compute:
 """
 
 import copy
+import hashlib
 import math
 import os
 import random
@@ -107,7 +108,7 @@ class Crops:
         on_gpu = device != "cpu"
         workers = max(1, (os.cpu_count() or 1) - 2) if on_gpu else 0
         loader = torch.utils.data.DataLoader(
-            Pictures(art, seed), batch_size=None, num_workers=workers, pin_memory=device == "cuda"
+            Pictures(art, seed), batch_size=None, num_workers=workers, pin_memory=device.startswith("cuda")
         )
         self.drawn, self.device, self.count, self.side = iter(loader), device, 0, side
         first = torch.cat([next(self.drawn) for _ in range(512 if on_gpu else 64)])
@@ -204,17 +205,17 @@ def train(
 
 
 @torch.no_grad()
-def redrawn(pipe, art: Art, rng: random.Random, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """So many scenes, and what the pipeline makes of them: the pictures (N, 3, 128, 128) in -1..1, and the latents
-    (N, 16, 16, 16) as the decoder takes them.
+def redrawn(pipe, subjects: int, art: Art, rng: random.Random, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many scenes of the first so many subjects, which the pipeline knows, and what it makes of them: the pictures
+    (N, 3, 128, 128) in -1..1, and the latents (N, 16, 16, 16) as the decoder takes them.
 
-    Image to image at a strength from 0.15 to 0.6 leaves everything in its place and adds the errors that the flow
-    makes, at guidance scales from 1.5 to 8.
+    Image to image at a strength from 0.15 to 0.6 leaves nearly everything in its place and adds the errors that the
+    flow makes, at guidance scales from 1.5 to 8.
     """
     again = StableDiffusion3Img2ImgPipeline.from_pipe(pipe)
     again.set_progress_bar_config(disable=True)
     kinds = rng.choices(("single", "sign", "pair", "count", "split"), (5, 2, 1, 1, 1), k=count)
-    asked = [scenes.random_scene(rng, art.subjects, kind) for kind in kinds]
+    asked = [scenes.random_scene(rng, scenes.SUBJECTS[:subjects], kind) for kind in kinds]
     pictures = [draw(scene, art, rng).round() for scene in asked]
     made = again(
         [scenes.caption(scene) for scene in asked],
@@ -229,10 +230,10 @@ def redrawn(pipe, art: Art, rng: random.Random, count: int = 16) -> tuple[torch.
 
 
 def polish(
-    pipe, art: Art, work: Path, minutes: float, *, rate: float = 5e-4, batch: int = 8, every: int = 8
+    pipe, subjects: int, art: Art, work: Path, minutes: float, *, rate: float = 5e-4, batch: int = 8, every: int = 8
 ) -> AutoencoderKL:
     """Let the decoder of a pipeline learn to bear the errors that its flow makes, in place. The latents stay as they
-    are, and with them all that a flow learnt. Goes on from `work`/decoder.pt, which an interrupted run leaves.
+    are, and with them all that a flow learnt. Goes on from `work`/decoder.pt where that began from these weights.
 
     Every second batch is of what the pipeline has `redrawn`, some more at every so many steps. Pictures are whole, as
     in use: GroupNorm sees all of them, and learning on from crops cost 0.3 dB.
@@ -242,16 +243,20 @@ def polish(
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.decoder.parameters()), 0.998), Budget(minutes, "decoder")
     kept = {"decoder": vae.decoder, "optimizer": optimizer, "average": average, "budget": budget}
-    restore_parts(kept, work / "decoder.pt")
+    began = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())).hexdigest()
+    checkpoint = work / "decoder.pt"
+    if checkpoint.exists() and torch.load(checkpoint, map_location="cpu", weights_only=True)["began"] == began:
+        restore_parts(kept, checkpoint)
     rng, dtype = random.Random(budget.steps), fast_dtype(device)
     torch.manual_seed(budget.steps)
-    whole, known = Crops(art, device, budget.steps, side=SIZE), []
+    whole, known = Crops(art, str(pipe.device), budget.steps, side=SIZE), []
     for done in budget:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (budget.steps + 1) / 100) * cosine(done, 0.1, 0.01)
         if budget.steps % every == 0 or not known:
-            save_parts(kept, work / "decoder.pt")
-            known += zip(*redrawn(pipe, art, rng), strict=True)
+            save_parts(kept, checkpoint, began=began)
+            known += zip(*redrawn(pipe, subjects, art, rng), strict=True)
+            del known[:-4096]  # of the oldest; a GPU would draw tens of gigabytes in an hour
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             if budget.steps % 2:
                 x, z = map(torch.stack, zip(*rng.choices(known, k=batch), strict=True))
@@ -266,8 +271,8 @@ def polish(
         optimizer.step()
         average.update()
         budget.notes = {"loss": f"{loss.item():.4f}"}
+    save_parts(kept, checkpoint, began=began)
     average.swap()
-    (work / "decoder.pt").unlink(missing_ok=True)
     return vae.to("cpu", memory_format=torch.contiguous_format).requires_grad_(False)
 
 

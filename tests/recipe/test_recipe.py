@@ -254,7 +254,7 @@ def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, t
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: drawn)
     pipe = StableDiffusion3Pipeline.from_pretrained(NANO).to(device)
     vae = pipe.vae
-    pictures, latents = autoencoder.redrawn(pipe, art, random.Random(0), 4)
+    pictures, latents = autoencoder.redrawn(pipe, 240, art, random.Random(0), 4)
     assert latents.shape == (4, 16, 16, 16) and pictures.shape == (4, 3, 128, 128) and pictures.min() >= -1
     with torch.no_grad():
         apart = (latents[:, None] - vae.encode(pictures).latent_dist.mode()).square().mean((2, 3, 4))
@@ -268,16 +268,19 @@ def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, t
             raise KeyboardInterrupt
         return losses[-1]
 
-    monkeypatch.setattr(autoencoder, "redrawn", lambda pipe, art, rng: redrawn(pipe, art, rng, 2))
+    monkeypatch.setattr(autoencoder, "redrawn", lambda *given: redrawn(*given, 2))
     monkeypatch.setattr(autoencoder, "picture_loss", stopped)
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.polish(pipe, art, tmp_path, 1, batch=1, every=2)
-    spent = torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]
-    assert spent["steps"] == 2
-    autoencoder.polish(pipe, art, tmp_path, spent["spent"] / 60 + 0.01, batch=1, every=2)
-    assert not (tmp_path / "decoder.pt").exists(), "the next decoder begins anew"
+        autoencoder.polish(pipe, 240, art, tmp_path, 1, batch=1, every=2)
+    first = torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]
+    vae.load_state_dict(before)
+    autoencoder.polish(pipe, 240, art, tmp_path, first["spent"] / 60 + 0.01, batch=1, every=2)
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]["steps"] > first["steps"] == 2
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder"}
+    pipe.to(device)  # with another decoder it begins anew
+    autoencoder.polish(pipe, 240, art, tmp_path, 1e-6, batch=1, every=2)
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]["steps"] == 1
 
 
 def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
@@ -326,15 +329,20 @@ def test_turbo_s_levels_are_those_that_the_pipeline_steps_through(pipe):
         torch.testing.assert_close(levels[1:, 0], levels[:-1, -1])
 
 
-def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path):
+def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path, monkeypatch):
+    watched = []
+    monkeypatch.setattr(turbo.Guard, "watch", lambda guard, loss, *_: watched.append(loss))
+
     def run(minutes):
         pipe = StableDiffusion3Pipeline.from_pretrained(NANO)
         turbo.export(turbo.train(pipe, tmp_path, minutes, subjects=8, batch=2), tmp_path / "lora")
-        return torch.load(tmp_path / "turbo.pt", weights_only=True)["budget"]
+        return torch.load(tmp_path / "turbo.pt", weights_only=True)
 
     first = run(0.01)
-    again = run(first["spent"] / 60 + 0.01)
-    assert again["steps"] > first["steps"] > 0
+    first["budget"]["steps"] = 49  # the next step is looked at by the guard, and must be no fraction of a loss
+    torch.save(first, tmp_path / "turbo.pt")
+    again = run(first["budget"]["spent"] / 60 + 0.01)
+    assert again["budget"]["steps"] > 49 and len(watched) == 1 and watched[0] > 0.01
     lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     assert lora.stat().st_size < 3e6
     plain = StableDiffusion3Pipeline.from_pretrained(NANO)
