@@ -271,9 +271,15 @@ def test_tokens_are_the_tokenizers(bench, pipe):
             theirs = tokenizer(prompt, padding="max_length", max_length=most, truncation=True).input_ids
             assert ids == theirs, (prompt, name)
     prompt = "A cat holding a sign that says hello, with a hat on a teal background"
-    for word in ("cat", "sign", "hello", "teal", "background", "a", "hat"):
+    pairs = [(prompt, word) for word in ("cat", "sign", "hello", "teal", "background", "a", "hat")]
+    pairs += [
+        ("a 🦊🦊 fox on a red background", "fox"),
+        ("éé, “ééé” — a dog on blue", "dog"),
+        ("a <b>fox</b> on … red", "red"),
+    ]
+    for prompt, word in pairs:
         places = bench.evaluate("([prompt, word]) => tokens.places(prompt, word, 40)", [prompt, word])
-        assert places == attention.word_tokens(pipe, prompt, word)
+        assert places == attention.word_tokens(pipe, prompt, word), (prompt, word)
 
 
 def test_text_to_image_is_the_same_with_where_it_looks(bench, pipe):

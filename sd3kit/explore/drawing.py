@@ -117,6 +117,8 @@ def turn(stop: threading.Event) -> Iterator[None]:
         if stop.is_set():
             raise Stopped
     try:
+        if stop.is_set():  # by a newer drawing, which has had its turn while this one waited
+            raise Stopped
         yield
     finally:
         _one.release()

@@ -1,6 +1,7 @@
 """The explorers without a browser: what the functions return, the newest setting wins, Stop stops, errors pass."""
 
 import base64
+import contextlib
 import importlib
 import io
 import json
@@ -319,6 +320,24 @@ def test_the_newest_round_wins_and_nothing_queues(pipe):
             own.start()
         until(lambda: [thread.name for thread in threading.enumerate()].count("sd3kit explorer") == 1)
     assert own.wait(10) and ran == [30], "what waited has heard that it is too late"
+
+
+def test_what_was_stopped_while_it_waited_for_its_turn_does_not_begin():
+    stops, began = [threading.Event() for _ in range(6)], []
+
+    def work(number):
+        with contextlib.suppress(drawing.Stopped), drawing.turn(stops[number]):
+            began.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    with drawing.turn(threading.Event()):
+        for thread in threads:
+            thread.start()
+        for stop in stops[:5]:
+            stop.set()
+    for thread in threads:
+        thread.join()
+    assert began == [5]
 
 
 def test_an_error_in_a_drawing_is_said_and_the_next_one_works(pipe):
