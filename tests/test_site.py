@@ -597,6 +597,21 @@ def test_stop_ends_what_is_drawn_and_what_waits(site):
     drawn(site)
 
 
+def test_a_wrong_setting_while_it_draws_ends_the_drawing_with_a_sentence(site):
+    site.locator("#prompt").fill("a sun on a purple background, flat")
+    site.locator("#model").select_option(NANO)
+    site.locator("#steps").evaluate("steps => { steps.value = 50; }")
+    site.locator("#draw").click()
+    site.wait_for_function("/step [2-9]/.test(document.querySelector('#status').textContent)", timeout=PATIENCE)
+    site.locator("#prompt").fill("")
+    site.locator("#prompt").press("Enter")
+    assert (site.get_attribute("#status", "class"), site.inner_text("#draw")) == ("error", "Draw")
+    site.locator("#prompt").fill(FOX)
+    site.locator("#model").select_option(TURBO)
+    site.locator("#draw").click()
+    drawn(site)
+
+
 @pytest.mark.night
 def test_a_link_holds_the_settings(site, browser):
     site.locator("#negative_prompt").evaluate("input => { input.value = 'flat'; }")
