@@ -601,8 +601,8 @@ def test_a_wrong_setting_while_it_draws_ends_the_drawing_with_a_sentence(site):
     site.locator("#prompt").fill("a sun on a purple background, flat")
     site.locator("#model").select_option(NANO)
     site.locator("#steps").evaluate("steps => { steps.value = 50; }")
-    site.locator("#draw").click()
-    site.wait_for_function("/step [2-9]/.test(document.querySelector('#status').textContent)", timeout=PATIENCE)
+    site.locator("#prompt").press("Enter")  # which draws anew also while something is drawn
+    site.wait_for_function("/Step [2-9]/.test(document.querySelector('#status').textContent)", timeout=PATIENCE)
     site.locator("#prompt").fill("")
     site.locator("#prompt").press("Enter")
     assert (site.get_attribute("#status", "class"), site.inner_text("#draw")) == ("error", "Draw")
