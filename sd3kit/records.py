@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .errors import UserError
 from .files import check_writable, unwritable, write_whole
-from .loading.device import processes
+from .loading.device import is_out_of_memory, processes
 
 RESULTS = Path(__file__).parent / "results"  # the records that the lessons draw
 
@@ -72,14 +72,6 @@ def stamp(command: str) -> dict:
         "python": platform.python_version(),
         "versions": versions("torch", "diffusers", "transformers", "sd3kit"),
     }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's or the system's way to say that the memory is full."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
-    )
 
 
 def read(path: str | os.PathLike) -> list[dict]:

@@ -176,13 +176,16 @@ function put(given) {
   // few steps are chosen more easily on a short slider
   if (about?.models[given.model]) $('steps').max = own(given.model).steps > 10 ? 50 : 10;
   for (const name of ['model', 'prompt', 'negative_prompt', 'seed', 'size', 'steps', 'guidance', 'shift', 'strength', 'other', 'other-value']) {
-    const value = given[name];
+    let value = given[name];
     if (value === undefined || value === null) continue;
     const control = $(name);
+    // a slider would take its middle for what is no number; 0 is refused in a sentence
+    if (control.type === 'range') value = Number.isFinite(Number(value)) ? Number(value) : 0;
     if (name === 'other') compared(value);
     // a slider would cut off what lies beyond its end
     if (control.type === 'range' && Number(value) > Number(control.max)) control.max = value;
-    if (control.type === 'range' && Number(value) < Number(control.min)) control.min = value;
+    // its steps are counted from its beginning, which therefore goes back
+    if (control.type === 'range') control.min = Math.min(control.dataset.min, value);
     // nor should it round to its own steps
     const step = Number(control.dataset.step);
     if (control.type === 'range') control.step = Number.isInteger(Number(value) / step) ? step : 'any';
@@ -198,7 +201,7 @@ const count = () => Number(document.querySelector('[name="count"]:checked').valu
 function fromLink() {
   const link = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   if (!['text', 'compare'].includes(link.mode)) delete link.mode;
-  return { prompt: FIRST, ...(link.model && own(link.model)), ...link };
+  return { prompt: FIRST, negative_prompt: '', ...(link.model && own(link.model)), ...link };
 }
 
 function toLink() {
@@ -345,9 +348,12 @@ async function draw() {
   if (!about) return; // it is drawn as soon as that is there
   const mine = ++turn;
   const jobs = wanted();
-  const fault = jobs.map((job) => wrong(job.settings)).find(Boolean);
-  if (fault) return say(fault, 'error');
-  if (mode === 'change' && !paint.picture) return say('There is no picture to change: choose one, or take the drawn one.', 'error');
+  const fault = jobs.map((job) => wrong(job.settings)).find(Boolean) ?? null;
+  const missing = mode === 'change' && !paint.picture ? 'There is no picture to change: choose one, or take the drawn one.' : null;
+  if (fault || missing) {
+    if (busy) stop(); // what was being drawn belongs to an earlier turn: nothing of it is shown any more
+    return say(fault ?? missing, 'error');
+  }
   if (busy) worker.postMessage({ kind: 'stop', id: ids });
   working(true);
   history.replaceState(null, '', toLink());
@@ -437,7 +443,7 @@ function fill(tile, png, id) {
   if (tile.caption) tile.button.append(tile.button.querySelector('span')); // above the picture
   tile.button.removeAttribute('aria-label');
   tile.button.disabled = false;
-  if (!chosen) choose(tile);
+  if (!chosen && tiles.includes(tile)) choose(tile); // another drawing may have begun while this one became a PNG
 }
 
 function choose(tile) {
@@ -478,7 +484,7 @@ function underTheHood() {
   const pen = $('heat').getContext('2d');
   pen.clearRect(0, 0, 256, 256);
   $('heat').setAttribute('aria-label', 'No picture yet');
-  hood = { id: chosen?.id ?? null, word: null, step: 0 };
+  hood = { id: chosen?.id ?? null, word: null, step: 0, tile: chosen };
   if (!chosen) return;
   if (!chosen.id) {
     $('looks-note').textContent = 'This picture was drawn earlier. Press Draw to see its steps and where it looks.';
@@ -529,7 +535,7 @@ function showLooks({ id, word, step, side, map }) {
   veil.getContext('2d').putImageData(new ImageData(rgba, side), 0, 0);
   const pen = $('heat').getContext('2d');
   pen.filter = 'grayscale(1)';
-  pen.drawImage(chosen.button.querySelector('img'), 0, 0, 256, 256);
+  pen.drawImage(hood.tile.button.querySelector('img'), 0, 0, 256, 256); // the chosen one may be newer
   pen.filter = 'none';
   pen.imageSmoothingQuality = 'high';
   pen.drawImage(veil, 0, 0, 256, 256);
@@ -588,8 +594,9 @@ $('form').onsubmit = (event) => {
   if (busy && event.submitter === $('draw')) stop();
   else draw();
 };
-$('prompt').onkeydown = (event) => {
-  if (event.key !== 'Enter' || event.isComposing) return;
+$('form').onkeydown = (event) => {
+  // in a field it would press Draw, which while something is drawn is Stop
+  if (event.key !== 'Enter' || event.isComposing || !event.target.matches('textarea, input:not([type="file"])')) return;
   event.preventDefault();
   draw();
 };
@@ -688,7 +695,7 @@ addEventListener('hashchange', () => {
   draw();
 });
 
-for (const range of document.querySelectorAll('[type="range"]')) range.dataset.step = range.step || 1;
+for (const range of document.querySelectorAll('[type="range"]')) Object.assign(range.dataset, { step: range.step || 1, min: range.min });
 emptyStrip();
 compared('model');
 show('text');

@@ -8,13 +8,12 @@ const promised = (request) =>
     request.onerror = () => reject(request.error);
   });
 
-const opened = (() => {
+const opened = (async () => {
   const request = indexedDB.open('nano', 1);
   request.onupgradeneeded = () => request.result.createObjectStore('pictures', { keyPath: 'key', autoIncrement: true });
-  const database = promised(request);
-  database.catch(() => {}); // private windows may have none: pictures are then kept until the page closes
-  return database;
+  return promised(request);
 })();
+opened.catch(() => {}); // where a browser gives none, or throws: pictures are then kept until the page closes
 
 const store = async (mode) => (await opened).transaction('pictures', mode).objectStore('pictures');
 

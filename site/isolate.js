@@ -8,6 +8,7 @@ self.addEventListener('fetch', (event) => {
 
 async function isolated(request) {
   const answer = await fetch(request);
+  if (answer.type === 'opaqueredirect') return answer; // the browser follows it, and asks again
   const headers = new Headers(answer.headers);
   headers.set('Cross-Origin-Opener-Policy', 'same-origin');
   headers.set('Cross-Origin-Embedder-Policy', 'require-corp');

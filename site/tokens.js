@@ -52,15 +52,16 @@ export class Tokens {
     const escaped = word.toLowerCase().replace(/[.*+?^${}()|[\]\\]/g, '\\$&');
     const found = new RegExp(`(?<![\\p{L}\\p{N}_])${escaped}(?![\\p{L}\\p{N}_])`, 'u').exec(low);
     if (!found) return [];
-    // Tokens hold no spaces, so places are counted in letters that are none.
-    const start = low.slice(0, found.index).replace(/\s/g, '').length;
-    const end = start + found[0].replace(/\s/g, '').length;
     const places = [];
     for (const [i, offset, most] of [[0, 0, CLIP], [2, CLIP, length]]) {
+      // Tokens hold no spaces, so places are counted in what is none: bytes, of which a CLIP's tokens are, or small letters.
+      const count = (text) =>
+        i ? [...this.small(text).replace(/\s/g, '')].length : new TextEncoder().encode(text.normalize('NFC').replace(/\s/g, '')).length;
+      const [start, end] = [count(low.slice(0, found.index)), count(low.slice(0, found.index + found[0].length))];
       let at = 0;
       const { tokens } = this.tokenizers[i].encode(i ? this.small(low) : low);
       tokens.slice(0, most).forEach((token, place) => {
-        const text = token.replace(/^<\|?.*\|?>$|^<\/s>$|<\/w>$|▁/g, '');
+        const text = token.replace(/^<\|(?:start|end)oftext\|>$|^<\/s>$|<\/w>$|▁/g, '');
         const size = [...text].length;
         // a mark of a new word that stands alone belongs to the word after it
         if ((size || token === '▁') && at < end && at + Math.max(size, 1) > start) places.push(offset + place);

@@ -116,6 +116,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, pipe=None):
         self.options, self.name, self.source, self.device = options, name, source, device
+        self.on_gpu = device.startswith("cuda")
+        if self.on_gpu and torch.device(device).index:
+            torch.cuda.set_device(device)  # whose peaks are read
         self.size = 128 if name.startswith("nano") else 1024
         self.dtype = dtype_of(options, name, device)
         self.prompts = PROMPTS[: options.calls]
@@ -137,7 +140,7 @@ class Bench:
             "calls": self.options.calls,
             "cap_gb": self.options.cap_gb,
             "device": self.device,
-            "machine": torch.cuda.get_device_name() if self.device == "cuda" else records.processor(),
+            "machine": torch.cuda.get_device_name() if self.on_gpu else records.processor(),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
@@ -223,12 +226,12 @@ class Bench:
 
     def _memory(self, name: str, reference: list, counted: dict) -> dict:
         free_memory()
-        if self.device == "cuda":
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         pipe, inputs = self.make(name)
         making = time.perf_counter() - start
-        loading = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        loading = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         # a recipe that encodes the prompts first may have its peak there, in another process even
         loading = max(loading, self._encoders if inputs else 0)
         if inputs or RECIPES[name].without:  # what does less work has a floor of its own
@@ -241,7 +244,7 @@ class Bench:
         base = self.unchanged()
         parts = ("transformer", "vae", *(ENCODERS if name in WHOLE else ()))
         kept = [getattr(base, part) for part in parts]
-        idle = protocol.stored_bytes(*kept) if self.device == "cuda" else 0
+        idle = protocol.stored_bytes(*kept) if self.on_gpu else 0
         pipe = type(base)(**base.components | {part: copy.deepcopy(getattr(base, part)) for part in parts})
         pipe.set_progress_bar_config(disable=True)
         precision, inductor = torch.get_float32_matmul_precision(), torch._inductor.config

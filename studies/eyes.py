@@ -84,6 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "draw":
         return draw(options.folder)
+    if not (options.folder / "asked.json").is_file():
+        parser.error(f"{options.folder} holds no asked.json: draw into it first.")
     for name, shares in compare(options.folder).items():
         print(
             name,

@@ -177,8 +177,15 @@ def test_recipe_autoencoder(art, device, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).random((128, 128, 3), np.float32) * 255
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: noise)
     monkeypatch.setattr(autoencoder, "finish", lambda vae, art, out: vae)
-    vae = autoencoder.train(art, tmp_path, 1e-6, device=device, batch=2)
-    autoencoder.polish(art, vae, 1e-6, device=device, batch=2)
+    autoencoder.train(art, tmp_path, 1e-6, device=device, batch=2)
+
+
+def test_recipe_polish(art, device, tmp_path, monkeypatch):
+    noise, redrawn = np.zeros((128, 128, 3), np.float32), autoencoder.redrawn
+    monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: noise)
+    monkeypatch.setattr(autoencoder, "redrawn", lambda *given: redrawn(*given, 2))
+    pipe = StableDiffusion3Pipeline.from_pretrained(NANO).to(device)
+    autoencoder.polish(pipe, 4, art, tmp_path, 1e-6, batch=1)
 
 
 def test_studies(pipe, monkeypatch):

@@ -51,7 +51,7 @@ LAYERS = (
     ("dreambooth",), ("study",), ("explore",), ("command",),
 )  # fmt: skip
 PACKAGE = Path(sd3kit.__file__).parent
-MOST = 4_325  # lines beside the recipe and the training command; nano-turbo and its page came after the aim of 4,000
+MOST = 4_375  # lines beside the recipe and the training command; nano-turbo and its page came after the aim of 4,000
 LONGEST = {"dreambooth/train.py": 400}  # the training loop; every other file is read in one sitting
 
 

@@ -271,9 +271,15 @@ def test_tokens_are_the_tokenizers(bench, pipe):
             theirs = tokenizer(prompt, padding="max_length", max_length=most, truncation=True).input_ids
             assert ids == theirs, (prompt, name)
     prompt = "A cat holding a sign that says hello, with a hat on a teal background"
-    for word in ("cat", "sign", "hello", "teal", "background", "a", "hat"):
+    pairs = [(prompt, word) for word in ("cat", "sign", "hello", "teal", "background", "a", "hat")]
+    pairs += [
+        ("a 🦊🦊 fox on a red background", "fox"),
+        ("éé, “ééé” — a dog on blue", "dog"),
+        ("a <b>fox</b> on … red", "red"),
+    ]
+    for prompt, word in pairs:
         places = bench.evaluate("([prompt, word]) => tokens.places(prompt, word, 40)", [prompt, word])
-        assert places == attention.word_tokens(pipe, prompt, word)
+        assert places == attention.word_tokens(pipe, prompt, word), (prompt, word)
 
 
 def test_text_to_image_is_the_same_with_where_it_looks(bench, pipe):
@@ -587,6 +593,21 @@ def test_stop_ends_what_is_drawn_and_what_waits(site):
     assert (site.inner_text("#status"), site.inner_text("#draw")) == ("Stopped.", "Draw")
     site.locator("#model").select_option(TURBO)
     site.get_by_text("One", exact=True).click()
+    site.locator("#draw").click()
+    drawn(site)
+
+
+def test_a_wrong_setting_while_it_draws_ends_the_drawing_with_a_sentence(site):
+    site.locator("#prompt").fill("a sun on a purple background, flat")
+    site.locator("#model").select_option(NANO)
+    site.locator("#steps").evaluate("steps => { steps.value = 50; }")
+    site.locator("#prompt").press("Enter")  # which draws anew also while something is drawn
+    site.wait_for_function("/Step [2-9]/.test(document.querySelector('#status').textContent)", timeout=PATIENCE)
+    site.locator("#prompt").fill("")
+    site.locator("#prompt").press("Enter")
+    assert (site.get_attribute("#status", "class"), site.inner_text("#draw")) == ("error", "Draw")
+    site.locator("#prompt").fill(FOX)
+    site.locator("#model").select_option(TURBO)
     site.locator("#draw").click()
     drawn(site)
 

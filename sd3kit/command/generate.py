@@ -46,10 +46,19 @@ def run(options: argparse.Namespace) -> None:
         UserError, LoadError: one sentence, before anything is drawn, or when a picture cannot be written.
     """
     prompts = _validate(options)
-    if options.prompts is None and options.count == 1:
-        _one(options, prompts[0])
-    else:
-        _many(options, prompts)
+    try:
+        if options.prompts is None and options.count == 1:
+            _one(options, prompts[0])
+        else:
+            _many(options, prompts)
+    except Exception as error:
+        from ..loading.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "the memory is full: give a smaller --size or --model; lesson 04 shows what else fits."
+        ) from error
 
 
 def _validate(options: argparse.Namespace) -> list[str]:
@@ -124,10 +133,11 @@ def _one(options: argparse.Namespace, prompt: str) -> None:
     files.check_writable(path)
     from tqdm.auto import tqdm
 
-    from ..explore import text_to_image
     from ..loading.pipeline import load
 
     pipe = load(options.model)
+    from ..explore import text_to_image  # after `load`, which imports diffusers in less time
+
     with tqdm(total=options.steps, desc="steps", unit="step") as bar:
         drawn = text_to_image(pipe, prompt, seed=options.seed, watch=lambda step: bar.update(1), **_settings(options))
     data = drawn.png()

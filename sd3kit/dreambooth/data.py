@@ -60,7 +60,12 @@ def passed_over(settings: Settings) -> str:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if not p.name.startswith(".")]
+    try:
+        return [p for p in folder.iterdir() if not p.name.startswith(".")]
+    except OSError as error:
+        raise DreamBoothError(
+            f"The folder {folder} cannot be read ({error.strerror}): change its permissions."
+        ) from error
 
 
 def instance_rows(settings: Settings) -> list[Row]:
@@ -86,7 +91,7 @@ def _folder_pairs(folder: Path, settings: Settings) -> list[tuple[Path, str]]:
         captions = _table(folder, settings.caption_column)
         source = "the caption table"
     else:
-        texts = [p for p in _visible(folder) if p.suffix == ".txt"]
+        texts = [p for p in _visible(folder) if p.suffix.lower() == ".txt"]
         captions = {}
         for text in texts:
             owner = next((f.name for f in files if f.stem == text.stem), text.name)

@@ -70,7 +70,7 @@ class Losses:
 
     def add(self, step: int, lr: float, loss: torch.Tensor) -> None:
         arrived = torch.cuda.Event() if loss.device.type == "cuda" else None
-        self.waiting.append((step, lr, loss.detach().to("cpu", non_blocking=True, copy=True), arrived))
+        self.waiting.append((step, lr, loss.detach().to("cpu", non_blocking=bool(arrived), copy=True), arrived))
         if arrived:
             arrived.record()
         self.write(later=1 if arrived else 0)

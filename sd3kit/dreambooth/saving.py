@@ -153,8 +153,7 @@ def save_result(
         with torch.device("meta"):
             trained = SD3Transformer2DModel.from_config(plain.transformer.config)
         trained.load_state_dict(own, assign=True)
-        # with a device_map, even none, it stays on the CPU: the training fills the device
-        pipe = load(settings, accelerator, dtype, transformer=trained, device_map=None)
+        pipe = load(settings, accelerator, dtype, transformer=trained, device="cpu")  # the training fills the device
     with writing("The result", out):
         shutil.rmtree(part, ignore_errors=True)
         if settings.full_finetuning:
@@ -176,15 +175,16 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
     plain = accelerator.unwrap_model(model)
     device, home, texts = accelerator.device, vae.device, (settings.validation_prompt, "")
     pairs = [prompts[p] for p in texts]
+    plain.eval()
     if plain.text is not None:
-        pairs = [encode_clips(plain.text, [p], embeds.to(device)) for p, (embeds, _) in zip(texts, pairs, strict=True)]
+        with accelerator.autocast():  # the CLIPs in half precision, their LoRA in float32
+            pairs = [encode_clips(plain.text, [p], e.to(device)) for p, (e, _) in zip(texts, pairs, strict=True)]
     (embeds, pooled), (empty, empty_pooled) = ([t.to(device, torch.float32) for t in pair] for pair in pairs)
     pipe = StableDiffusion3Pipeline(
         transformer=plain.transformer, vae=vae.to(device), scheduler=type(scheduler).from_config(scheduler.config),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    plain.eval()
     with accelerator.autocast():
         images = [
             pipe(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
-from ..loading.device import check_launch, pick_device
+from ..loading.device import check_launch, is_out_of_memory, pick_device
 from . import reporting, saving
 from .checks import check
 from .data import Row, Samples, class_rows, collate, instance_rows, passed_over
@@ -72,11 +72,12 @@ def sample_losses(s: Settings, batch: dict, model, vae: AutoencoderKL, scheduler
     """The loss (B,) of a batch of `data.collate`, by a `Denoiser`; `prompts` holds each caption's `encode`d tensors."""
     device = next(model.parameters()).device
     sigma, timesteps = (t.to(device) for t in noise_levels(batch.pop("u").flatten(), scheduler))
-    batch = send_to_device(batch, device, non_blocking=True)
+    queued = device.type == "cuda"  # Apple's GPUs copy from, and to, memory that is in use again (pytorch issue 189690)
+    batch = send_to_device(batch, device, non_blocking=queued)
     x0, noise, captions = latents(batch, vae), batch["noise"], batch["caption"]
     x = (1 - sigma) * x0 + sigma * noise
     embeds, pooled = (
-        torch.cat([t.to(device, non_blocking=True) for t in parts])
+        torch.cat([t.to(device, non_blocking=queued) for t in parts])
         for parts in zip(*(prompts[c] for c in captions), strict=True)
     )
     velocity = model(x.to(embeds.dtype), timesteps, embeds, pooled, captions)
@@ -98,13 +99,19 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if precision == "bf16" and not on_cpu and device == "mps":
         raise DreamBoothError("bf16 does not train on Apple's GPUs: use --mixed_precision fp16, or no.")
     out = Path(settings.output_dir)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / settings.logging_dir)),
     )
+    if (counts := accelerator.gradient_accumulation_steps) != settings.gradient_accumulation_steps:
+        raise DreamBoothError(  # its own setting, of the environment or of DeepSpeed, wins
+            f"accelerate is configured for {counts} gradient accumulation steps, and --gradient_accumulation_steps is "
+            f"{settings.gradient_accumulation_steps}: give both the same number."
+        )
+    return accelerator
 
 
 def train(settings: Settings) -> Path:
@@ -190,16 +197,19 @@ def _train(s: Settings, accelerator: Accelerator, rows: list[Row]) -> Path:
     draws = validates and main and not sharded
     step = progress["step"]
     rates = lr_scheduler.base_lrs  # a --learning_rate that was lowered since counts, not the checkpoint's
+    asked = [{k: group[k] for k in ("betas", "eps", "weight_decay") if k in group} for group in optimizer.param_groups]
     if resumed:
         try:
             accelerator.load_state(str(resumed))
         except Exception as error:  # a damaged file of any of five kinds, or tensors of another size
+            if is_out_of_memory(error):
+                raise
             raise DreamBoothError(
                 f"The checkpoint {resumed} is damaged or was made with other options ({f'{error}'[:80]})."
             ) from error
         lr_scheduler.base_lrs = rates
-        for group, rate, shape in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = rate * shape(lr_scheduler.last_epoch)
+        for group, rate, shape, own in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, asked, strict=True):
+            group.update(own, lr=rate * shape(lr_scheduler.last_epoch))
     accelerator.init_trackers("dreambooth-sd3-lora", {k: "" if v is None else v for k, v in s.public().items()})
     if main:
         files.write_whole(out / "settings.json", json.dumps(s.public(), indent=1))

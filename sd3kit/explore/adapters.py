@@ -79,6 +79,8 @@ def lora(pipe, prompt: str, scales: Mapping[str, float], **settings: Any) -> Dra
         layers = [layer for part in parts for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError("The LoRA is fused into the weights and has no scale: call pipe.unfuse_lora() first.")
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError("The LoRA is switched off and would change nothing: call pipe.enable_lora() first.")
         before = [(layer, dict(layer.scaling), list(layer.active_adapters)) for layer in layers]
         try:
             pipe.set_adapters(list(scales), list(scales.values()))

@@ -92,7 +92,7 @@ def shift_of(scheduler) -> float | None:
     return None if fixed else scheduler.shift
 
 
-def scheduler_of(pipe, shift: float | None = None):
+def scheduler_of(pipe, shift: float | None = None, steps: int | None = None):
     """A copy of the scheduler with this shift, or its own; ValueError where it is none for rectified flow."""
     kind, own = type(pipe.scheduler).__name__, copy.deepcopy(pipe.scheduler)
     if not (kind.startswith("FlowMatch") or own.config.get("use_flow_sigmas")):
@@ -102,6 +102,8 @@ def scheduler_of(pipe, shift: float | None = None):
         )
     if shift is not None:
         own.set_shift(shift)
+    if steps == 1 and own.config.get("shift_terminal"):
+        own.register_to_config(shift_terminal=None)  # a single level cannot be stretched: NaN
     return own
 
 
@@ -115,6 +117,8 @@ def turn(stop: threading.Event) -> Iterator[None]:
         if stop.is_set():
             raise Stopped
     try:
+        if stop.is_set():  # by a newer drawing, which has had its turn while this one waited
+            raise Stopped
         yield
     finally:
         _one.release()

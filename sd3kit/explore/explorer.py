@@ -113,7 +113,12 @@ class Explorer:
         self._held = True
         try:
             for name in settings.keys() & self.inputs.keys():
-                self.inputs[name].value = settings[name]
+                one, value = self.inputs[name], settings[name]
+                if hasattr(one, "options") and value not in one.options:
+                    one.options = sorted({*one.options, value})
+                elif hasattr(one, "max"):  # a slider would take its end for what lies beyond, without a word
+                    one.max, one.min = max(one.max, value), min(one.min, value)
+                one.value = value
         finally:
             self._held = False
         self.refresh()

@@ -16,8 +16,9 @@ from .text import text_to_image
 
 def sigmas(pipe, steps: int, shift: float) -> torch.Tensor:
     """The noise levels (steps + 1,) from near 1 down to 0, as the pipeline's scheduler sets them."""
-    scheduler = scheduler_of(pipe, number("shift", shift, *LIMITS["shift"]))
-    scheduler.set_timesteps(number("steps", steps, *LIMITS["steps"]))
+    steps = number("steps", steps, *LIMITS["steps"])
+    scheduler = scheduler_of(pipe, number("shift", shift, *LIMITS["shift"]), steps)
+    scheduler.set_timesteps(steps)
     return scheduler.sigmas.cpu()
 
 
@@ -50,8 +51,8 @@ def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = 
     from matplotlib.figure import Figure  # not pyplot, which is not made for threads
 
     steps = len(levels) - 1
-    figure = Figure(figsize=(7, 4.2 if previews else 2.8), layout="constrained")
-    grid = figure.add_gridspec(2 if previews else 1, 8, height_ratios=[2.4, 1] if previews else [1])
+    figure = Figure(figsize=(5.2, 6 if previews else 2.6), layout="constrained")  # its letters serve a telephone too
+    grid = figure.add_gridspec(3 if previews else 1, 4, height_ratios=[1.6, 1, 1] if previews else [1])
     axis = figure.add_subplot(grid[0, :])
     axis.plot(range(steps + 1), levels, "o-", color=show.BLUE, markersize=4, label=f"shift {shift:g}")
     plain = levels / (shift - (shift - 1) * levels)  # the shift's inverse
@@ -61,11 +62,11 @@ def curve(levels: torch.Tensor, shift: float, previews: Sequence[Image.Image] = 
     axis.set(xlabel="step", ylabel="sigma", ylim=(-0.03, 1.03), title=title)
     axis.legend()
     chosen = sorted({round(i) for i in np.linspace(0, len(previews) - 1, min(8, len(previews)))})
-    for column, index in enumerate(chosen):
-        small = figure.add_subplot(grid[1, column])
+    for place, index in enumerate(chosen):
+        small = figure.add_subplot(grid[1 + place // 4, place % 4])
         small.imshow(previews[index])
         small.set(xticks=[], yticks=[])
-        small.set_xlabel(f"step {index + 1}\nσ {float(levels[index + 1]):.2f}", fontsize=8)
+        small.set_xlabel(f"step {index + 1}, σ {float(levels[index + 1]):.2f}", fontsize=8)
     return show.figure(figure, f"Sigma over {steps} steps. {title}")
 
 

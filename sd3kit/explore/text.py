@@ -71,9 +71,7 @@ def text_to_image(
 
     with turn(stop):
         own = copy.copy(pipe)  # a cell that calls `pipe` meanwhile would else take steps of the same scheduler
-        own.scheduler = scheduler_of(pipe, settings.get("shift"))
-        if settings["steps"] == 1 and own.scheduler.config.get("shift_terminal"):
-            own.scheduler.register_to_config(shift_terminal=None)  # a single level cannot be stretched: NaN
+        own.scheduler = scheduler_of(pipe, settings.get("shift"), settings["steps"])
         own.set_progress_bar_config(disable=True)  # a thread's bar would land in any cell
         arguments = {
             "negative_prompt": settings["negative_prompt"],

@@ -43,8 +43,17 @@ def check_device(device: str | torch.device, where: str = "device") -> str:
     return name
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's or the system's way to say that the memory is full."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(said in words for said in ("out of memory", "can't allocate memory", "not enough memory"))
+    )
+
+
 def use_threads(small: bool) -> None:
-    """One thread of torch for a model as small as nano, all for another; what a person chose stays.
+    """One thread of torch for a model as small as nano, all for another; OMP_NUM_THREADS, where it is set, stays.
 
     Threads that sleep while they wait cost a small model more than they give, and threads that spin cost it far more
     beside other work. A pass of nano on two cores, ms alone (and beside two busy threads), in three runs: one thread
@@ -83,7 +92,10 @@ def processes():
 
     device = pick_device()
     check_launch(device)
-    return PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes == 1:
+        state.device = torch.device(device)  # accelerate knows no "cuda:1" of a process alone
+    return state
 
 
 def environment_alone() -> dict[str, str]:
@@ -98,6 +110,10 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
         return torch.float32, "it is small enough for full precision"
     if kind == "cpu":
         return torch.bfloat16, "half the memory of float32, and fp16 is slow on a CPU"
-    if name.startswith("3.5") and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        resolve(name).rpartition("/")[2].removeprefix("stable-diffusion-").startswith("3.5")
+        and kind == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         return torch.bfloat16, "the precision that SD3.5 was released in"
     return torch.float16, "the precision that SD3 was released in"

@@ -113,14 +113,21 @@ def guarded(first: bool = False) -> Iterator[None]:
     The hooks are those of its HTTP client; they are taken off again. With `first`, an error of the server is not waited
     out either, and an answer that is none of a Hub is `NoHub`.
     """
-    from huggingface_hub import get_session
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
 
-    client = get_session()
-    before = client.event_hooks
-    client.event_hooks = {
-        "request": [*before["request"], _keep_token],
-        "response": [*before["response"], functools.partial(_no_long_wait, first=first)],
-    }
+    before = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # nothing public tells it
+
+    def watched():  # also what is made anew after a refused connection
+        client = before()
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], _keep_token],
+            "response": [*hooks["response"], functools.partial(_no_long_wait, first=first)],
+        }
+        return client
+
+    set_client_factory(watched)
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -128,7 +135,7 @@ def guarded(first: bool = False) -> Iterator[None]:
             raise NoHub from error
         raise
     finally:
-        client.event_hooks = before
+        set_client_factory(before)
 
 
 def _keep_token(request) -> None:

@@ -53,5 +53,5 @@ def resolve(model: str | os.PathLike | None = None) -> str:
 def own_settings(model: str | os.PathLike | None = None) -> dict[str, float]:
     """The `steps` and the `guidance` (1 is none) that a model's card asks for, or diffusers' defaults."""
     source = resolve(model)
-    name = next((name for name in MODELS if resolve(name) == source), "nano")
+    name = next((name for name in MODELS if resolve(name) == source), None)
     return dict(zip(USUAL, configs.OWN_SETTINGS.get(name, USUAL.values()), strict=True))

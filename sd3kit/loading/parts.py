@@ -8,12 +8,14 @@ so that the error names the file. A tokenizer must fit its encoder, and each wei
 import importlib
 import itertools
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .device import is_out_of_memory
 from .names import LoadError
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded here; others are left to the pipeline
@@ -100,10 +102,17 @@ def load(folder: Path, given: Collection[str], variant: str | None, dtype: torch
             raise Damaged(folder / "model_index.json", f"asks for {kind}, which this {library} does not have")
         try:
             parts[name] = _part(folder, name, cls, variant, dtype)
-        except (torch.OutOfMemoryError, MemoryError, Damaged):
+        except Damaged:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             look(folder / name)
+            files = (folder / name).glob("*.safetensors")
+            kinds = [re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$", file.name) for file in files]
+            if not variant and kinds and all(kinds):
+                only = kinds[0][1]
+                raise LoadError(f'{folder} has its weights only as variant="{only}": give load that too.') from error
             words = (str(error).strip().splitlines() or [""])[0][:300]
             raise Damaged(folder / name, f"cannot be loaded ({type(error).__name__}: {words})") from error
     _words_fit(folder, parts)

@@ -5,6 +5,7 @@ import gc
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from . import configs, hub, parts
-from .device import check_device, pick_device, pick_dtype, use_threads
+from .device import check_device, is_out_of_memory, pick_device, pick_dtype, use_threads
 from .names import MODELS, NANO, TURBO, LoadError, own_settings, resolve
 
 LORA = "pytorch_lora_weights.safetensors"
 PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+_one = threading.RLock()  # transformers, diffusers and what is below patch globals while a model loads
 
 
 def load(
@@ -67,13 +69,15 @@ def load(
     else:
         reason = "as asked"
     try:
-        with _quick_imports():
+        with _one, _quick_imports():
             if weights == "random":
                 pipe = _random(name, dtype, device, kwargs)
                 reason += "; its weights are random, so it draws noise"
             else:
                 pipe = _trained(name, source, dtype, device, kwargs)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise LoadError(f"{name} does not fit on {device} in {dtype}: lesson 04 shows how to make it fit.") from error
     pipe.own_settings = own_settings(name)
     if not quiet:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from .. import records
 from ..errors import UserError, answer
 from ..files import check_writable, write_whole
-from ..loading.device import pick_device
+from ..loading.device import check_device, pick_device, use_threads
 from ..loading.names import NANO
 from ..loading.pipeline import load
 from . import autoencoder, evaluate, flow, reading, scenes, turbo
@@ -28,6 +28,7 @@ RECORD = HERE / "evaluation.json"
 
 def parser() -> argparse.ArgumentParser:
     cache = Path.home() / ".cache" / "sd3kit" / "nano"
+    device = picked if (picked := pick_device()).startswith("cuda") else "cpu"  # Apple's GPUs cannot
     top = argparse.ArgumentParser(prog="python -m sd3kit.recipe", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
@@ -38,19 +39,19 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
     train.add_argument("--text-minutes", type=float, default=15, help="for the text encoders (%(default)s)")
     train.add_argument("--flow-minutes", type=float, default=400, help="for the flow, all runs together (%(default)s)")
-    train.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    train.add_argument("--device", default=device, help="cpu or cuda (%(default)s)")
     pack = commands.add_parser(
         "pack", help="write the art into a small folder, a --work for a machine without a network"
     )
     pack.add_argument("folder", type=Path, help="where it goes")
     pack.add_argument("--work", type=Path, default=cache, help="the folder of the sources (%(default)s)")
-    polish = commands.add_parser("polish", help="let the decoder of a finished pipeline learn on; its latents stay")
-    polish.add_argument("--work", type=Path, default=cache, help="the folder of the sources")
+    polish = commands.add_parser(
+        "polish", help="let the decoder learn to bear the flow's errors; run again to continue"
+    )
+    polish.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
     polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
-    polish.add_argument("--minutes", type=float, default=10)
-    again = "scenes that the pipeline draws again, so that the decoder learns to bear its errors (%(default)s)"
-    polish.add_argument("--again", type=int, default=4000, help=again)
-    polish.add_argument("--device", default=pick_device(), help="cpu or cuda (%(default)s)")
+    polish.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
+    polish.add_argument("--device", default=device, help="cpu or cuda (%(default)s)")
     few = commands.add_parser("turbo", help="distil a LoRA that draws in four steps; run again to continue")
     few.add_argument("--work", type=Path, default=cache, help="folder for checkpoints (%(default)s)")
     few.add_argument("--out", type=Path, default=NANO.with_name("nano-turbo"), help="the LoRA's folder (%(default)s)")
@@ -75,11 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Look at the options before hours of work, then do what they ask for. UserError: what is wrong with them."""
-    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000), "again": (0, 100_000)}
+    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000)}
     for name, value in vars(options).items():
         low, high = limits.get(name, (0.001, 1e6) if "minutes" in name else (None, None))
         if low is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, not {value:g}.")
+        if name == "device":
+            check_device(value, "--device")
         if name in ("work", "out", "folder") and options.command != "evaluate":
             check_writable(value, folder=True)
     if options.command == "pack":
@@ -98,7 +101,8 @@ def train(options: argparse.Namespace) -> int:
     )  # of `accelerate launch` or torchrun; without them this is the only process
     if state.num_processes > 1 and not (options.start or (options.work / "text.pt").exists()):
         raise UserError("several processes share the training of the flow: make the rest with one first.")
-    art, transformer = Art(options.work), None
+    with state.main_process_first():
+        art, transformer = Art(options.work), None
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start / "vae", use_safetensors=True).float()
         text = Text.from_pipeline(options.start)
@@ -121,9 +125,11 @@ def train(options: argparse.Namespace) -> int:
 
 
 def polish(options: argparse.Namespace) -> int:
-    art, pipe = Art(options.work), load(options.out, device=options.device, dtype=torch.float32)
-    again = autoencoder.redrawn(pipe, art, options.again) if options.again else None
-    vae = autoencoder.polish(art, pipe.vae, options.minutes, again=again, device=options.device)
+    options.work.mkdir(parents=True, exist_ok=True)
+    pipe = load(options.out.resolve(), device=options.device, dtype=torch.float32)  # a folder, never a name
+    use_threads(small=False)  # for training; `load` chose for drawing
+    subjects = len(Judge(path=options.out / TEMPLATES.name if options.out != NANO else TEMPLATES).subjects)
+    vae = autoencoder.polish(pipe, subjects, Art(options.work), options.work, options.minutes)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
     flow.tidy_configurations(options.out)
     return 0
@@ -132,12 +138,15 @@ def polish(options: argparse.Namespace) -> int:
 def distil(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     pipe, subjects = load(options.model), len(Judge().subjects)
+    use_threads(small=False)
     turbo.train(pipe, options.work, options.minutes, subjects=subjects, guidance=options.guidance)
     turbo.export(pipe, options.out)
     return 0
 
 
 def judge(options: argparse.Namespace) -> int:
+    if options.store and options.model != "nano":
+        raise UserError("--store writes into nano's card: leave --model out.")
     pipe = load(options.model)
     art = None if options.no_floors else Art(options.work)
     record = evaluate.evaluate(pipe, Judge(), count=options.count, art=art)

@@ -15,11 +15,12 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from ..errors import UserError
 from . import scenes
 from .art import CELL, SIZE, Art, cells
 from .pool import Pool, random_caption
 from .text import CLIP_WIDTHS, JOINT, Text
-from .training import Average, Budget, cosine, restore_parts, save_parts
+from .training import Average, Budget, cosine, process, restore_parts, save_parts
 
 KINDS = ("single", "single", "sign", "pair", "count")
 WRITTEN = "abcdefghijklmnopqrstuvwxyz0123456789"  # what a cell may hold; number 0 is nothing
@@ -112,6 +113,8 @@ def train(
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
     if budget.spent < minutes * 60:
+        if process()[1] > 1:
+            raise UserError("the text encoders have minutes left: finish them with one process first.")
         pool = Pool(art, vae.to(device).eval().requires_grad_(False), text, scenes.SUBJECTS, KINDS, 12_000)
         pool.renew(96)
         for done in budget:

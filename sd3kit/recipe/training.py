@@ -100,7 +100,8 @@ def process() -> tuple[int, int]:
 
 def same(value: float) -> float:
     """What the first process says, in all of them: they must end, and slow down, together."""
-    told = torch.tensor(value, dtype=torch.float64)
+    nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"  # it moves no tensors of the CPU
+    told = torch.tensor(value, dtype=torch.float64, device="cuda" if nccl else "cpu")
     if distributed.is_initialized():
         distributed.broadcast(told, 0)
     return told.item()

@@ -113,7 +113,7 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
         average.update()
         x, at = (x + (path[-1] - path[0]) * velocity).detach(), at + 1
         at = None if at == len(paths) else at
-        smooth += (loss.item() - smooth) * (0.02 if budget.steps else 1.0)
+        smooth += (loss.item() - smooth) * (0.02 if smooth else 1.0)  # a run that goes on has read none yet
         budget.notes = {"loss": f"{smooth:.4f}"}
         if budget.steps % 50 == 49:
             guard.watch(smooth, optimizer)

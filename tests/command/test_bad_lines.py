@@ -168,6 +168,8 @@ LINES = {
     "recipe turbo --work w --out file": "a file is where its folder should be",
     "recipe evaluate --count 0": "--count must be 1 to",
     "recipe evaluate --count -5": "--count must be 1 to",
+    "recipe evaluate --model medium --store": "leave --model out",
+    "recipe train --work w --out o --device gpu": "--device asks for 'gpu'",
     "recipe evaluate --model nanoo --no-floors": "did you mean nano",
     "recipe sheets file": "a file is where its folder should be",
     "recipe sheets /proc/x": "cannot be written",

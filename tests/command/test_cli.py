@@ -30,6 +30,15 @@ def test_generate_draws_the_prompt(tmp_path, judge, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
 
 
+def test_a_full_memory_is_one_sentence(tmp_path, pipe, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)")
+
+    monkeypatch.setattr(pipe.vae, "decode", full)
+    assert cli.main(["generate", "a fox", "-o", str(tmp_path / "fox.png"), "--steps", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sd3kit: the memory is full")
+
+
 def test_the_same_seed_gives_the_same_picture(tmp_path):
     files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for file, seed in zip(files, "778", strict=True):

@@ -174,6 +174,12 @@ def test_a_lora_under_autocast_keeps_no_copies_of_its_inputs(pipe):
     assert kept(cast=False) < 0.97 * kept(cast=True)
 
 
+def test_accelerates_own_accumulation_must_be_ours(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert run(tmp_path / "out") == 2
+    assert "configured for 2 gradient accumulation steps" in one_sentence(capsys)
+
+
 def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatch, capsys):
     from diffusers import StableDiffusion3Pipeline
 
@@ -184,6 +190,10 @@ def test_full_dreambooth_saves_a_whole_pipeline_and_resumes(tmp_path, monkeypatc
     (tmp_path / "parts" / "losses.jsonl").write_text(first)
     assert run(tmp_path / "parts", **more, resume_from_checkpoint="latest") == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "whole")) == 2
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "other" / "checkpoint-1")
+    assert run(tmp_path / "other", **more, adam_weight_decay=0.5, resume_from_checkpoint="latest") == 0
+    state = torch.load(tmp_path / "other" / "checkpoint-2" / "optimizer.bin", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.5, "what is asked now counts, as settings.json says"
     pipe, nano = (
         StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole"),
         sd3kit.load("nano", device="cpu", quiet=True),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import PICTURES, SMALL, losses, run
+from runs import PICTURES, SMALL, losses, one_sentence, run
 
 from sd3kit.dreambooth import DreamBoothError, Settings, data, subject
 from sd3kit.errors import UserError
@@ -111,6 +111,7 @@ def test_captions_of_text_files(tmp_path):
     for name in ("one", "two"):
         shutil.copy(f"{PICTURES}/small.png", tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
+    (tmp_path / "one.txt").rename(tmp_path / "one.TXT")  # as some tools of Windows write it
     options = Settings(**(SMALL | {"instance_data_dir": str(tmp_path), "caption_column": None, "repeats": 2}))
     assert [row.caption for row in data.instance_rows(options)] == ["caption one"] * 2 + ["caption two"] * 2
     (tmp_path / "two.txt").unlink()
@@ -119,6 +120,15 @@ def test_captions_of_text_files(tmp_path):
     (tmp_path / "two.txt").write_bytes("Grün".encode("latin-1"))
     with pytest.raises(DreamBoothError, match=r"two\.txt cannot be read: save it as text in UTF-8\.$"):
         data.instance_rows(options)
+
+
+def test_a_folder_that_may_not_be_listed_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert run(tmp_path / "out", instance_data_dir=tmp_path, caption_column=None) == 2
+    assert "cannot be read (Permission denied)" in one_sentence(capsys)
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):

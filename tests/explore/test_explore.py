@@ -1,6 +1,7 @@
 """The explorers without a browser: what the functions return, the newest setting wins, Stop stops, errors pass."""
 
 import base64
+import contextlib
 import importlib
 import io
 import json
@@ -176,7 +177,7 @@ def test_inpaint_changes_the_masked_part_only(pipe):
     assert anew > 3 * kept, (anew, kept)
 
 
-def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe):
+def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pipe, turbo):
     reached = []
     settings = {"steps": 3, "shift": 6.0, "size": 64}
     drawn = explore.schedule(pipe, PROMPT, watch=lambda step: reached.append(step.sigma), **settings)
@@ -184,6 +185,7 @@ def test_schedule_keeps_the_sigmas_that_were_used_and_a_picture_of_each_step(pip
     assert [preview.size for preview in drawn.data["previews"]] == [(8, 8)] * 3
     assert (explore.sigmas(pipe, 4, 6.0)[1:-1] > explore.sigmas(pipe, 4, 1.0)[1:-1]).all()
     picture = explore.curve(drawn.data["sigmas"], 6.0, drawn.data["previews"])
+    assert explore.sigmas(turbo, 1, 3.0).tolist() == [1.0, 0.0], "one level cannot be stretched"
     assert "Shift 6" in picture.alt and picture.image.width > 300
 
 
@@ -232,6 +234,11 @@ def test_lora_scales_count_and_are_put_back(pipe, with_lora):
         explore.lora(with_lora, PROMPT, {"cat": 1.0})
     with pytest.raises(ValueError, match="No LoRA is loaded"):
         explore.lora(pipe, PROMPT, {"dog": 1.0})
+    with_lora.disable_lora()
+    with pytest.raises(ValueError, match="switched off"):
+        explore.lora(with_lora, PROMPT, {"dog": 1.0})
+    with_lora.enable_lora()
+    assert state() == before
     one = explore.Lora(with_lora, PROMPT, live=False)
     one.restore(QUICK | {"scale of dog": 0.5, "scale of ink": 0.0})
     one.start()
@@ -313,6 +320,24 @@ def test_the_newest_round_wins_and_nothing_queues(pipe):
             own.start()
         until(lambda: [thread.name for thread in threading.enumerate()].count("sd3kit explorer") == 1)
     assert own.wait(10) and ran == [30], "what waited has heard that it is too late"
+
+
+def test_what_was_stopped_while_it_waited_for_its_turn_does_not_begin():
+    stops, began = [threading.Event() for _ in range(6)], []
+
+    def work(number):
+        with contextlib.suppress(drawing.Stopped), drawing.turn(stops[number]):
+            began.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    with drawing.turn(threading.Event()):
+        for thread in threads:
+            thread.start()
+        for stop in stops[:5]:
+            stop.set()
+    for thread in threads:
+        thread.join()
+    assert began == [5]
 
 
 def test_an_error_in_a_drawing_is_said_and_the_next_one_works(pipe):
@@ -561,6 +586,11 @@ def test_a_missing_file_has_no_settings(tmp_path):
 def test_unknown_settings_in_a_png_are_left_out():
     text = json.dumps({"prompt": "a fox", "seed": 1, "callback": "os.system"})
     assert explore.from_png(png_with(text)) == {"prompt": "a fox", "seed": 1}
+
+
+def test_what_lies_beyond_a_slider_is_restored_all_the_same(text):
+    text.restore({"prompt": "a fox", "steps": 100, "shift": 20.0, "width": 80, "height": 208})
+    assert {name: text.inputs[name].value for name in ("steps", "shift")} == {"steps": 100, "shift": 20.0}
 
 
 def test_several_seeds_and_what_they_are_compared_with_stand_side_by_side(text):

@@ -219,7 +219,7 @@ def all_cases():
     yield "index with numbers", settings(index, vae=[1, 2]), "no library and class for the vae"
     yield "vae of an unknown class", settings(index, vae=["diffusers", "AutoencoderXY"]), "asks for AutoencoderXY"
     yield "vae in shards, one missing", sharded(missing=True), r"vae cannot be loaded .*b\.safetensors"
-    yield "vae of a variant only", a_variant_only, "no file named diffusion_pytorch_model.safetensors"
+    yield "vae of a variant only", a_variant_only, 'has its weights only as variant="fp16": give load that too'
 
 
 CASES = {name: (damage, words) for name, damage, words in all_cases()}

@@ -1,19 +1,21 @@
 """`load`: names, errors in one sentence, random weights, and that what it gives is plain diffusers."""
 
+import concurrent.futures
 import errno
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from huggingface_hub import errors as hub
 
 import sd3kit
 from sd3kit.loading import configs, device, names, pipeline
 from sd3kit.loading.device import pick_device, pick_dtype
 from sd3kit.loading.hub import explain
-from sd3kit.loading.names import NANO, TURBO, resolve
+from sd3kit.loading.names import NANO, TURBO, own_settings, resolve
 from sd3kit.recipe.evaluate import ask, judge_scene, pictures
 from sd3kit.recipe.scenes import caption
 
@@ -53,6 +55,30 @@ def test_the_environment_sets_the_default(monkeypatch):
 def test_an_unknown_name_offers_the_nearest(name, words):
     with pytest.raises(sd3kit.LoadError, match=words):
         sd3kit.load(name)
+
+
+def test_two_threads_load_at_once():
+    """The libraries patch themselves while a model loads: two at once would leave those patches behind."""
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        pipes = list(threads.map(lambda name: sd3kit.load(name, quiet=True), ["nano"] * 3))
+    again = sd3kit.load("nano", quiet=True)
+    for one in pipes:
+        pairs = zip(one.text_encoder_3.parameters(), again.text_encoder_3.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+
+
+def test_a_model_that_nothing_is_known_of_has_the_usual_settings():
+    assert own_settings("somebody/fine-tuned") == own_settings("medium") == {"steps": 28, "guidance": 7.0}
+
+
+def test_a_full_memory_is_no_damaged_file(monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", full)
+    with pytest.raises(sd3kit.LoadError, match="does not fit on cpu"):
+        sd3kit.load("nano", device="cpu", quiet=True)
 
 
 def test_an_empty_folder(tmp_path):
