@@ -26,7 +26,7 @@ def _train(arguments: list[str] | None) -> None:
     if os.path.isdir(settings.output_dir):
         with files.lock(settings.output_dir):
             pass  # another training there is told at once too
-    from ..records import is_out_of_memory
+    from ..loading.device import is_out_of_memory
     from .train import train
 
     try:

@@ -128,7 +128,8 @@ def polish(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     pipe = load(options.out.resolve(), device=options.device, dtype=torch.float32)  # a folder, never a name
     use_threads(small=False)  # for training; `load` chose for drawing
-    subjects = len(Judge(path=options.out / TEMPLATES.name if options.out != NANO else TEMPLATES).subjects)
+    beside = options.out / TEMPLATES.name  # as `train` writes them; a copy of nano may lack them
+    subjects = len(Judge(path=beside if beside.is_file() else TEMPLATES).subjects)
     vae = autoencoder.polish(pipe, subjects, Art(options.work), options.work, options.minutes)
     vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
     flow.tidy_configurations(options.out)
