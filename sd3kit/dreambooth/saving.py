@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .. import files
+from ..loading.names import own_settings
 from . import reporting
 from .checks import checkpoint_step, checkpoints, is_checkpoint
 from .data import picture_files
@@ -190,7 +191,7 @@ def draw_validation(settings, accelerator, model, vae, scheduler, prompts, step:
             pipe(
                 prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
                 negative_pooled_prompt_embeds=empty_pooled, height=settings.resolution, width=settings.resolution,
-                generator=torch.Generator().manual_seed((seed + i) % 2**63),
+                generator=torch.Generator().manual_seed((seed + i) % 2**63), **_own_settings(settings),
             ).images[0]
             for i in range(settings.num_validation_images)
         ]  # fmt: skip
@@ -227,6 +228,11 @@ def draw_class_pictures(settings: Settings, accelerator: Accelerator, seed: int)
     free_memory()
 
 
+def _own_settings(settings: Settings) -> dict:
+    own = own_settings(settings.pretrained_model_name_or_path)
+    return {"num_inference_steps": own["steps"], "guidance_scale": own["guidance"]}
+
+
 def _draw(settings: Settings, accelerator: Accelerator, seed: int, numbers: list[int]) -> None:
     half = torch.float32 if accelerator.device.type == "cpu" else torch.float16
     known = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -237,7 +243,8 @@ def _draw(settings: Settings, accelerator: Accelerator, seed: int, numbers: list
             part = share[start : start + settings.sample_batch_size]
             sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
             images = pipe(
-                [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length
-            ).images
+                [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length,
+                **_own_settings(settings),
+            ).images  # fmt: skip
             for n, image in zip(part, images, strict=True):
                 write_picture(Path(settings.class_data_dir) / f"class-{n:05d}.png", image)
