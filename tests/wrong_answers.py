@@ -6,6 +6,7 @@ WRONG = {
         [
             ("banana = 'a banana on a purple background'", "that is a prompt"),
             ("banana = draw('a fox on a blue background, flat', 1)", "background is not purple"),
+            ("banana = Image.new('RGB', (128, 128), scenes.COLOURS['purple'])", "sees nothing"),
         ],
         [
             ("guided = lambda a, b, w: b + w * (a - b)", "swapped"),
@@ -59,6 +60,8 @@ WRONG = {
         [
             ("heun = lambda x, s, f, v: x + (f - s) * v(x, s)", "first order"),
             ("heun = lambda x, s, f, v: x - (f - s) * v(x, s)", "the wrong way"),
+            ("heun = lambda x, s, f, v: x + (f - s) * (v(x, s) + v(x + (f - s) * v(x, s), s)) / 2", "the level"),
+            ("heun = lambda x, s, f, v: x + (f - s) * v(x + (f - s) / 2 * v(x, s), (s + f) / 2)", "both ends"),
         ],
         [("a_for_1024_places = 4.0", "ratio of the places"), ("a_for_1024_places = 0.5", "other way round")],
     ],
@@ -68,6 +71,7 @@ WRONG = {
             ("my_lognorm = lambda n, m, s: m + s * torch.randn(n)", "no noise levels"),
             ("my_lognorm = lambda n, m, s: torch.sigmoid(s * (m + torch.randn(n)))", "the mean goes outside"),
             ("my_lognorm = lambda n, m, s: torch.sigmoid(m + s**2 * torch.randn(n))", "not the variance"),
+            ("my_lognorm = lambda n, m, s: torch.sigmoid(m + s**0.5 * torch.randn(n))", "not the variance"),
         ],
         [
             ("left_at_1 = moons(100_000).var(0).mean().item() ** 0.5", "that is the deviation"),
