@@ -243,8 +243,10 @@ def _draw(settings: Settings, accelerator: Accelerator, seed: int, numbers: list
             part = share[start : start + settings.sample_batch_size]
             sources = [torch.Generator().manual_seed((seed + n) % 2**63) for n in part]
             images = pipe(
-                [settings.class_prompt] * len(part), generator=sources, max_sequence_length=settings.max_sequence_length,
+                [settings.class_prompt] * len(part),
+                generator=sources,
+                max_sequence_length=settings.max_sequence_length,
                 **_own_settings(settings),
-            ).images  # fmt: skip
+            ).images
             for n, image in zip(part, images, strict=True):
                 write_picture(Path(settings.class_data_dir) / f"class-{n:05d}.png", image)
