@@ -111,6 +111,11 @@ WRONG = {
         [
             ("break_even = lambda first, eager, compiled: first / (eager - compiled)", "draws a picture too"),
             ("break_even = lambda first, eager, compiled: first / eager", "by what a call saves"),
+            (
+                """def break_even(first, eager, compiled):
+    return (first - compiled) / (eager - compiled) if eager != compiled else float("inf")""",
+                "it never pays",
+            ),
         ],
         [
             ("saved = 0.7", "compute the prompt's half"),
@@ -121,12 +126,12 @@ WRONG = {
             ("intensity_of = lambda n, d, b: n * d**2 / (b * (d**2 + 2 * n * d))", "two operations"),
             ("intensity_of = lambda n, d, b: 2 * n / b", "cross the memory too"),
         ],
-        [("graphs = 3", "the batch is a shape too"), ("graphs = 2", "no graph for any size")],
+        [("graphs = 3", "the batch is a shape too"), ("graphs = 2", "no graph serves two sizes")],
         [
             (
                 """def left_out(ratios, threshold):
     return int(len(ratios) - 0.2 * len(ratios))""",
-                "after three that were left out",
+                "after three steps that were left out",
             ),
             (
                 """def left_out(ratios, threshold):
@@ -179,6 +184,10 @@ WRONG = {
             )
         ],
         [("times = 100", "the accumulation counts"), ("times = 2000", "there are five"), ("times = 500", "not a pass")],
-        [("rank_found = min(W.shape)", "the rank of a whole matrix")],
+        [
+            ("rank_found = min(original.shape)", "the rank of a whole matrix"),
+            ("rank_found = 16", "a tolerance"),
+            ("rank_found = 2", "clearly above rounding"),
+        ],
     ],
 }

@@ -45,19 +45,17 @@ def _safely(test: Callable[[Any], bool], answer: Any) -> bool:
         return False
 
 
-def guess(value: float | None, measured: float, unit: str = "") -> str:
-    """Compare a prediction that was made before the measurement with what came out; returns and prints one line."""
+def guess(value: float | None, answer: float, unit: str = "") -> str:
+    """Compare a prediction with the answer, which was measured or counted after it; returns and prints one line."""
+    told = f"The answer: {answer:.3g}{unit}."
     if value is None:
-        said = (
-            f"You made no prediction. Measured: {measured:.3g}{unit}. Next time guess first: it is how one learns most."
-        )
+        said = f"You made no prediction. {told} Next time guess first: it is how one learns most."
     elif not isinstance(value, numbers.Real) or not math.isfinite(value):
-        said = f"A prediction is a number, such as 1.5. Measured: {measured:.3g}{unit}."
+        said = f"A prediction is a number, such as 1.5. {told}"
     else:
-        off = abs(value - measured) / max(abs(measured), 1e-12)
-        near = (
-            "close" if off < 0.25 else "in the right region" if off < 1 else "far off, so there is something to learn"
-        )
-        said = f"You guessed {value:g}{unit}, measured {measured:.3g}{unit}: {near}."
+        off, size = abs(value - answer), abs(answer)
+        least = 0.1 if not unit and size <= 1 else 1e-12  # without a unit it is a share, and 0.02 is near 0
+        near = "close" if off < max(size / 4, least) else "in the right region" if off < max(size, least) else ""
+        said = f"You guessed {value:g}{unit}: {near or 'far off, so there is something to learn'}. {told}"
     print(said)
     return said

@@ -61,3 +61,18 @@ def test_guesses():
     assert "close" in check.guess(np.float32(3.2), np.float64(3.0)) and "close" in check.guess(np.int64(3), 3.0)
     assert check.guess(float("nan"), 3.0).startswith("A prediction is a number")
     assert check.guess("three", 3.0).startswith("A prediction is a number")
+
+
+def test_a_guess_at_a_share_may_miss_by_a_tenth():
+    """A share of 0 has no fraction that a guess could be compared with; a time of 0.02 s has."""
+    assert "close" in check.guess(0.02, 0.0) and "close" in check.guess(0.12, 0.04)
+    assert "far off" in check.guess(0.3, 0.0) and "far off" in check.guess(0.3, 0.1)
+    assert "far off" in check.guess(0.1, 0.02, " s") and "far off" in check.guess(1, 0, " of 4 pictures")
+    assert "close" in check.guess(0, 0, " of 4 pictures")
+
+
+@pytest.mark.parametrize("value", [None, "three", 2.4])
+def test_a_guess_is_told_the_answer_and_not_how_it_was_found(value):
+    """The answer may be counted, and then "measured" would be wrong."""
+    said = check.guess(value, 2.48, " GiB")
+    assert "The answer: 2.48 GiB." in said and "easured" not in said
