@@ -89,7 +89,7 @@ def test_a_matrix_product_is_counted_and_its_floor_is_in_seconds():
 def runner(tmp_path_factory):
     """A bench as the command makes it: two steps, one call."""
     options = measure.parse(["memory", "--model", "nano", "--steps", "2", "--calls", "1"])
-    made = bench.Bench(options, "nano", str(NANO), "cpu")
+    made = bench.Bench(options, "nano", str(NANO), "cpu", 128)
     made.reference()
     return made
 
@@ -301,7 +301,7 @@ def test_a_row_is_kept_where_eager_after_it_does_not_fit(runner, monkeypatch):
 def test_a_row_of_speed_leaves_the_loaded_pipeline_as_it_was(tmp_path):
     """Two changes that would show: the decoder's memory format, and attention that is used again."""
     options = measure.parse(["speed", "--model", "nano", "--steps", "2", "--calls", "1", "--warmup", "0"])
-    made = bench.Bench(options, "nano", str(NANO), "cpu")
+    made = bench.Bench(options, "nano", str(NANO), "cpu", 128)
     before = made.unchanged()
     # without its instructions a CPU emulates bfloat16, and takes minutes for the same two steps
     lower = ["bfloat16"] if fast_dtype("cpu") == torch.bfloat16 else []
