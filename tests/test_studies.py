@@ -13,7 +13,7 @@ import sd3kit
 import studies
 from sd3kit import records, study
 from sd3kit.dreambooth import subject
-from sd3kit.loading.names import resolve
+from sd3kit.loading.names import NANO, resolve
 from sd3kit.recipe import __main__ as recipe
 from sd3kit.recipe import digest
 from studies import drawing, eyes, few, store, teaching, training
@@ -146,8 +146,9 @@ def test_other_figures_of_nano_are_of_the_weights_at_hand(name):
     assert {row.get("weights") for row in FIGURES[name]()} == {digest.weights()}
 
 
-def test_a_digest_is_of_the_folder_of_nano_turbo_with_nano_and_of_no_model_of_the_hub(tmp_path, monkeypatch):
-    assert digest.of(resolve("nano")) == digest.weights() != digest.of(resolve("nano-turbo"))
+def test_a_digest_is_of_the_folder_of_nano_turbo_with_nano_and_of_no_model_of_the_hub(tmp_path):
+    assert digest.of(resolve("nano")) == digest.weights() == digest.of(str(NANO))
+    assert digest.of(resolve("nano-turbo")) == digest.weights(("", few.ADAPTER))
     assert digest.of("owner/name") == "trained"
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "x.safetensors").write_bytes(b"one")
@@ -267,12 +268,15 @@ def test_ways_of_distilling_differ_in_target_and_path():
 @pytest.mark.night  # half a minute and more each
 @pytest.mark.parametrize("name", ["samplers", "faults", "qk_norm"])
 def test_a_training_study_gives_the_same_again(name):
-    """One row, exactly: the same steps from the same seed. Rounding differs by machine, so not to the last digit."""
+    """One row: the same steps from the same seed give, on one machine, the same to the last digit.
+
+    Others round differently: first weights that were off by a millionth changed the figures by 2% at most.
+    """
     measured = STUDIES[name]
     stored = next(r for r in stored_rows(name) if r["row"] == measured.rows[0])
     again = measured.measure(measured.rows[0])
     for key, value in stored["found"].items():
-        assert again[key] == pytest.approx(value, rel=0.25), key
+        assert again[key] == pytest.approx(value, rel=0.05), key
 
 
 def test_the_mean_of_the_samplers_is_right():
