@@ -1,5 +1,6 @@
 """How a figure is kept: its interval, the stamp that says where it came from, and files of JSON lines that resume."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -42,23 +43,18 @@ def share(answers: Sequence[bool]) -> dict:
 
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of these packages, or "not installed"."""
-    found = {}
+    found = dict.fromkeys(packages, "not installed")
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 
 def processor() -> str:
     """The name of this machine's processor, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def stamp(command: str) -> dict:

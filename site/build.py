@@ -1,9 +1,10 @@
 """The static page: the files of this folder, nano as ONNX, and two libraries from npm at a pinned version and hash.
 
-`python site/build.py` writes site/dist, which any web host can serve from any folder. What is there already and still
-right is not made again.
+`python site/build.py` writes site/dist, or the folder that it is given. Any web host can serve it from any folder. What
+is there already and still right is not made again.
 """
 
+import argparse
 import base64
 import hashlib
 import shutil
@@ -11,6 +12,9 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+from sd3kit.errors import UserError
+from sd3kit.files import check_writable
 
 HERE = Path(__file__).resolve().parent
 DIST = HERE / "dist"
@@ -107,8 +111,18 @@ def build(folder: Path = DIST) -> Path:
     return folder
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=DIST, help="where the page goes (%(default)s)")
+    folder = parser.parse_args().folder
     try:
-        print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else DIST))
+        check_writable(folder, folder=True)
+        print(build(folder))
+    except UserError as error:
+        parser.error(str(error))
     except BuildError as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

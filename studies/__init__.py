@@ -1,4 +1,4 @@
-"""How the lessons' figures with intervals were measured: `python -m studies NAME` measures one again, into the package.
+"""How the lessons' figures with intervals were measured: `python -m studies NAME` measures what is not stored yet.
 
 It runs in the repository's folder and is no part of the package, which holds the results alone (`sd3kit.study.load`).
 `store` says what a study is and where its rows go; `drawing`, `training`, `teaching` and `few` what is measured;

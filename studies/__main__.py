@@ -1,4 +1,8 @@
-"""Measure a study again: `python -m studies NAME`, or under `accelerate launch -m` to spread it over processes."""
+"""Measure what a study lacks: `python -m studies NAME`, or under `accelerate launch -m` to spread it over processes.
+
+Rows that are stored for the same weights of nano stay as they are, and those of other weights go. To measure all of
+them again, give another folder (--out FOLDER).
+"""
 
 import argparse
 import sys

@@ -16,6 +16,7 @@ from sd3kit.measuring.plan import ENCODERS, Recipe
 from sd3kit.measuring.recipes import RECIPES
 
 from .bench import versions
+from .tables import failure
 
 
 def _largest_layer(model: str, part: str) -> int:
@@ -110,8 +111,8 @@ def _moved(plan: Recipe, held: dict[str, int], steps: int) -> int:
     }[plan.keeps]
 
 
-def store(models: list[str], size: int, out: str | Path) -> None:
-    """Account every recipe for these models, and print the peaks.
+def store(models: list[str], size: int, out: str | Path) -> int:
+    """Account every recipe for these models, and print the peaks; 1 where one of them failed, else 0.
 
     Raises:
         UserError: a model whose configuration is not known, or the file cannot be written.
@@ -122,13 +123,17 @@ def store(models: list[str], size: int, out: str | Path) -> None:
         raise UserError(f"--size must be divisible by 16, at least 64 and at most 8192, not {size}.")
     check_writable(out)
     records.read(out)  # before the first model is accounted
+    failed = 0
     for model in models:
         identity = {"study": "bytes", "model": model, "size": size, "dtype": "float16", "versions": versions()}
         made = records.study(
             list(RECIPES), lambda row, m=model: peaks(m, row, size), out, identity, "python -m studies.accounting"
         )
         for r in made:
-            print(f"{model:<16}{r['row']:<32} GPU {r['device'] / GIB:6.2f} GiB, RAM {r['host'] / GIB:6.2f} GiB")
+            failed |= bool(said := failure(r))
+            said = said or f"GPU {r['device'] / GIB:6.2f} GiB, RAM {r['host'] / GIB:6.2f} GiB"
+            print(f"{model:<16}{r['row']:<32} {said}")
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:

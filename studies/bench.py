@@ -25,9 +25,8 @@ from sd3kit.measuring.plan import ENCODERS
 from sd3kit.measuring.recipes import RECIPES
 from sd3kit.measuring.report import distance
 from sd3kit.measuring.speedups import SPEEDUPS
+from sd3kit.recipe import digest
 from sd3kit.recipe.judge import Judge
-
-from . import store
 
 # One a call, so that ten calls give the times and the share of right pictures too.
 PROMPTS = (
@@ -114,12 +113,11 @@ class Bench:
     decoder, so the device holds these twice; what is not in use is not counted in the peak.
     """
 
-    def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, pipe=None):
-        self.options, self.name, self.source, self.device = options, name, source, device
+    def __init__(self, options: argparse.Namespace, name: str, source: str, device: str, size: int, pipe=None):
+        self.options, self.name, self.source, self.device, self.size = options, name, source, device, size
         self.on_gpu = device.startswith("cuda")
         if self.on_gpu and torch.device(device).index:
             torch.cuda.set_device(device)  # whose peaks are read
-        self.size = 128 if name.startswith("nano") else 1024
         self.dtype = dtype_of(options, name, device)
         self.prompts = PROMPTS[: options.calls]
         self.pipe = pipe
@@ -133,7 +131,7 @@ class Bench:
         return {
             "study": self.options.study,
             "model": self.name,
-            "weights": store.weights() if self.name == "nano" and weights == "trained" else weights,
+            "weights": digest.of(self.source) if weights == "trained" else weights,
             "dtype": str(self.dtype).removeprefix("torch."),
             "size": self.size,
             "steps": self.options.steps,
@@ -199,8 +197,8 @@ class Bench:
 
     def _cap(self, gib: float | None) -> None:
         if self.options.cap_gb is not None:
-            total = torch.cuda.get_device_properties(0).total_memory / GIB
-            torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib / total))
+            total = torch.cuda.get_device_properties(self.device).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib / total), self.device)
 
     def row(self, name: str) -> dict:
         """Time, peak memory, floor and quality of one recipe or speed-up at `size`.

@@ -39,8 +39,8 @@ def spread(pipe, seeds: int = 6, **settings) -> dict[str, dict]:
     for prompt in LOOSE:
         drawn = pictures(pipe, [prompt] * seeds, seed=50, **settings)
         centres = [np.argwhere(subject_mask(image)).mean(0) for image in drawn if subject_mask(image).any()]
-        places.append(float(np.sqrt(np.var(centres, axis=0).sum())))
-        levels.append(float(np.stack([np.asarray(image, np.float32) for image in drawn]).std(0).mean()))
+        places.append(float(np.sqrt(np.var(centres, axis=0, ddof=1).sum())))
+        levels.append(float(np.stack([np.asarray(image, np.float32) for image in drawn]).std(0, ddof=1).mean()))
     return {"place": mean(places), "pixels": mean(levels)}
 
 

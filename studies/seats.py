@@ -121,16 +121,18 @@ def report(records: Sequence[dict]) -> str:
 def run(options: argparse.Namespace) -> int:
     if min(*options.learners, options.pictures, options.threads) < 1:
         raise UserError("--learners, --pictures and --threads must be 1 or more.")
-    resolve(options.model)
+    model = options.model or os.environ.get("SD3KIT_MODEL") or "nano"
+    resolve(model)
     files.check_writable(options.out)
     records.read(options.out)
-    settings = {"pictures": options.pictures, "threads": options.threads, "model": options.model}
+    settings = {"pictures": options.pictures, "threads": options.threads, "model": model}
     rows = {f"{n} learners": lambda n=n: seats(n, **settings) for n in options.learners}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    identity = {"study": "seats", **settings, "machine": records.processor(), "cores": cores}
+    versions = records.versions("torch", "diffusers", "transformers", "sd3kit")
+    # without the weights: whatever they are, they take the same time and memory
+    identity = {"study": "seats", **settings, "machine": records.processor(), "cores": cores, "versions": versions}
     command = f"python -m studies.seats --pictures {options.pictures} --threads {options.threads}"
-    if options.model:
-        command += f" --model {shlex.quote(options.model)}"
+    command += f" --model {shlex.quote(model)}"
     measured = records.study(list(rows), lambda row: rows[row](), options.out, identity, command)
     print(report(measured))
     return 2 if any("seconds" not in record for record in measured) else 0

@@ -1,40 +1,39 @@
 """What a study is, and its rows in a file: stored as they are measured, continued where a run stopped."""
 
 import dataclasses
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors.numpy import load_file
-
 from sd3kit import records
 from sd3kit.files import check_writable
-from sd3kit.loading.names import NANO
+from sd3kit.recipe.digest import weights
+
+
+def student(freedom: int) -> float:
+    """What 95% of Student's t lies within, for so many degrees of freedom.
+
+    Abramowitz and Stegun's expansion 26.7.5, within 0.1% from 4 degrees on, 1% too small at 2 and 11% at 1.
+    """
+    x, v = statistics.NormalDist().inv_cdf(0.975), freedom
+    terms = (
+        x,
+        (x**3 + x) / (4 * v),
+        (5 * x**5 + 16 * x**3 + 3 * x) / (96 * v**2),
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / (384 * v**3),
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / (92_160 * v**4),
+    )
+    return sum(terms)
 
 
 def mean(values: Sequence[float]) -> dict:
-    """A record of a mean: its value, its 95% interval (normal, of the mean) and how many values there were."""
+    """A record of a mean: its value, its 95% interval (Student's t, since some means are of five) and their number."""
     centre = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = math.inf
+    if len(values) > 1:
+        half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": centre, "low": centre - half, "high": centre + half, "n": len(values)}
-
-
-def weights(parts: Sequence[str] = ("",), folder: Path = NANO) -> str:
-    """Twelve digits that tell these parts' weights from any others; by default those of all parts.
-
-    "vae:encoder" are those tensors of a part whose names begin so: a decoder that learns on leaves the latents alone.
-    """
-    digest = hashlib.sha256()
-    for part, _, inside in sorted(part.partition(":") for part in parts):
-        for path in sorted((folder / part).rglob("*.safetensors")):
-            if not inside:
-                digest.update(path.read_bytes())
-                continue
-            for name, values in sorted(load_file(path).items()):
-                digest.update(values.tobytes() if name.startswith(inside) else b"")
-    return digest.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)

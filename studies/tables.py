@@ -15,7 +15,7 @@ from sd3kit.errors import UserError
 from sd3kit.loading import configs
 from sd3kit.loading.device import pick_device
 from sd3kit.loading.hub import explain
-from sd3kit.loading.names import LoadError, resolve
+from sd3kit.loading.names import TURBO, LoadError, resolve
 from sd3kit.loading.pipeline import load
 from sd3kit.measuring import protocol
 from sd3kit.measuring.account import GIB
@@ -31,8 +31,10 @@ def measured(options: argparse.Namespace, chosen: list[str], out: Path, command:
         LoadError, UserError: the model cannot be loaded or does not draw such a size; before anything is measured.
     """
     name, source, device, found = options.model, resolve(options.model), pick_device(), []
-    sizes = options.size or [128 if name.startswith("nano") else 1024]
-    most = largest(name, source, options.weights)
+    if source == str(TURBO):
+        raise UserError("nano-turbo takes nano's memory, and nano's time a step: measure nano, with --steps.")
+    own, most = draws(name, source, options.weights)
+    sizes = options.size or [own]
     if max(sizes) > most:
         raise UserError(f"--size {max(sizes)} is more than {name} draws: it has places for {most} pixels a side.")
     with contextlib.ExitStack() as stack:
@@ -44,7 +46,7 @@ def measured(options: argparse.Namespace, chosen: list[str], out: Path, command:
                 pipe.save_pretrained(source)
                 pipe = None
                 free_memory()
-        bench = Bench(options, name, source, device, pipe)
+        bench = Bench(options, name, source, device, sizes[0], pipe)
         if options.study == "speed":
             bench.unchanged()
         for bench.size in sizes:
@@ -52,8 +54,8 @@ def measured(options: argparse.Namespace, chosen: list[str], out: Path, command:
     return found
 
 
-def largest(name: str, source: str, weights: str) -> int:
-    """The pixels a side that a model has positions for.
+def draws(name: str, source: str, weights: str) -> tuple[int, int]:
+    """The pixels a side that a model is made for, and the most that it has positions for.
 
     Raises:
         LoadError: the model cannot be reached, or there are no random weights of it.
@@ -67,7 +69,7 @@ def largest(name: str, source: str, weights: str) -> int:
             config = SD3Transformer2DModel.load_config(source, subfolder="transformer")
         except Exception as error:
             raise LoadError(explain(error, name, source) or f"{name} cannot be read: {error}") from error
-    return 8 * config["patch_size"] * config["pos_embed_max_size"]
+    return 8 * config["sample_size"], 8 * config["patch_size"] * config["pos_embed_max_size"]
 
 
 def built(options: argparse.Namespace, name: str, device: str):

@@ -23,6 +23,21 @@ def test_two_learners_draw_at_once(tmp_path, capsys):
     assert re.search(r"\| 2 \| [\d.]+ \(.*\), n = 2 \| [\d.]+ GiB \|", capsys.readouterr().out)
 
 
+def test_a_row_is_of_its_model_and_versions(tmp_path, monkeypatch, capsys):
+    measured, out = [], tmp_path / "seats.jsonl"
+    figures = {"learners": 1, "seconds": 1.0, "low": 1.0, "high": 1.0, "n": 1, "bytes": 2**30}
+    monkeypatch.setattr(seats, "seats", lambda n, **given: measured.append(given["model"]) or figures)
+    for model in ("nano", "nano-turbo", "nano-turbo"):
+        monkeypatch.setenv("SD3KIT_MODEL", model)
+        assert seats.main(["--learners", "1", "--out", str(out)]) == 0
+    assert measured == ["nano", "nano-turbo"]
+    monkeypatch.setattr(records, "versions", lambda *names: dict.fromkeys(names, "another"))
+    assert seats.main(["--learners", "1", "--out", str(out)]) == 0
+    assert measured == ["nano", "nano-turbo", "nano-turbo"]
+    assert [r["model"] for r in records.read(out)] == measured
+    assert records.read(out)[-1]["stamp"]["command"].endswith("--model nano-turbo")
+
+
 @pytest.mark.night  # nbclient can wait for ever for an answer that a busy machine lost
 def test_a_kernel_that_is_killed_or_fails_is_noticed():
     with seats.learner(threads=1) as run:

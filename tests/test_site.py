@@ -53,6 +53,16 @@ def absent(reason: str) -> None:
     pytest.skip(reason)
 
 
+def test_wrong_arguments_of_the_build_write_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for word, code in (("--help", 0), ("--nothing", 2), ("file", 2), ("file/below", 2)):
+        built = subprocess.run(
+            [sys.executable, str(SITE / "build.py"), word], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert built.returncode == code and "usage: build.py" in built.stdout + built.stderr, built.stderr
+        assert "Traceback" not in built.stderr and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.fixture(scope="module")
 def address():
     """site/serve.py, which builds the page first; gives where it serves."""

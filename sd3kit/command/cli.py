@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     generate.add_parser(commands)
-    commands.add_parser("check", help="what this machine has and what it can run")
+    commands.add_parser("check", **dict.fromkeys(("help", "description"), "what this machine has and what it can run"))
     return top
 
 

@@ -13,10 +13,16 @@ from .. import __version__, records
 from ..loading.device import pick_device
 from ..loading.names import MODELS
 
+CGROUPS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
+
 
 def check() -> None:
-    device, memory = pick_device(), psutil.virtual_memory().total / 2**30
-    what = "Apple's GPU, sharing its memory" if device == "mps" else f"no GPU, a processor of {os.cpu_count()} cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(KeyError, ValueError):
+        cores = min(cores, float(os.environ["CPU_LIMIT"]))  # JupyterHub's, as MEM_LIMIT, which is in bytes
+    told = [os.environ.get("MEM_LIMIT", ""), *(path.read_text().strip() for path in CGROUPS if path.is_file())]
+    device, memory = pick_device(), min([psutil.virtual_memory().total, *map(int, filter(str.isdigit, told))]) / 2**30
+    what = "Apple's GPU, sharing its memory" if device == "mps" else f"no GPU, {cores:g} cores of a processor"
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         what, memory = properties.name, properties.total_memory / 2**30

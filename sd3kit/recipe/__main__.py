@@ -14,9 +14,9 @@ from .. import records
 from ..errors import UserError, answer
 from ..files import check_writable, write_whole
 from ..loading.device import check_device, pick_device, use_threads
-from ..loading.names import NANO
+from ..loading.names import NANO, resolve
 from ..loading.pipeline import load
-from . import autoencoder, evaluate, flow, reading, scenes, turbo
+from . import autoencoder, digest, evaluate, flow, reading, scenes, turbo
 from .art import Art, pack
 from .judge import TEMPLATES, Judge, save_templates
 from .text import Text
@@ -150,7 +150,8 @@ def judge(options: argparse.Namespace) -> int:
         raise UserError("--store writes into nano's card: leave --model out.")
     pipe = load(options.model)
     art = None if options.no_floors else Art(options.work)
-    record = evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
+    record = {"weights": digest.of(resolve(options.model))}  # before hours in which a training may end
+    record |= evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
     command = f"python -m sd3kit.recipe evaluate --count {options.count}"
     record |= records.stamp(command)
     print(evaluate.table(record))

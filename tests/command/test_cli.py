@@ -1,5 +1,6 @@
 """The command line: a picture comes out, and a wrong argument gets one sentence and no traceback."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import warm
 from PIL import Image
 
 from notebooks import reset
-from sd3kit.command import cli
+from sd3kit.command import cli, machine
 from sd3kit.explore import from_png, text_to_image
 from sd3kit.loading import pipeline
 
@@ -156,6 +157,27 @@ def test_check_lists_every_model_and_imports_no_diffusers():
     from sd3kit import MODELS
 
     assert all(name in done.stdout for name in MODELS)
+
+
+def test_check_names_what_a_seat_or_a_container_may_use(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "pick_device", lambda: "cpu")
+    monkeypatch.setattr(machine, "CGROUPS", [tmp_path / "memory.max", tmp_path / "none"])
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: argparse.Namespace(total=64 * 2**30))
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(16), raising=False)
+    for told, limit, seat, cores, gib in (
+        ("max\n", "", "", 16, 64.0),
+        (f"{4 * 2**30}\n", "", "", 16, 4.0),
+        (f"{4 * 2**30}\n", str(2**30), "0.5", 0.5, 1.0),
+        (f"{2**63 - 4096}\n", "", "two", 16, 64.0),  # version 1 without a limit
+    ):
+        (tmp_path / "memory.max").write_text(told)
+        monkeypatch.setenv("MEM_LIMIT", limit)
+        monkeypatch.setenv("CPU_LIMIT", seat)
+        assert cli.main(["check"]) == 0
+        assert f"no GPU, {cores:g} cores of a processor, {gib:.1f} GiB" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--help"])
+    assert "what this machine has and what it can run" in capsys.readouterr().out
 
 
 def test_no_line_of_the_libraries_reaches_the_terminal(tmp_path):

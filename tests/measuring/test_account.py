@@ -29,6 +29,20 @@ def test_stored_bytes_are_recomputed():
         }
 
 
+def test_a_recipe_that_fails_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    def peaks(model, recipe, size):
+        if recipe == "default":
+            raise ValueError("no such part")
+        return {"device": 2**30, "host": 2**30}
+
+    monkeypatch.setattr(accounting, "peaks", peaks)
+    monkeypatch.setattr(accounting, "RECIPES", ["default", "model_offload"])
+    for _ in range(2):  # then as it is stored
+        assert accounting.main(["--model", "medium", "--out", str(tmp_path / "x.jsonl")]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 and "no such part" in lines[0] and "GPU   1.00 GiB" in lines[1]
+
+
 def test_the_accounting_explains_the_announcements_peaks():
     stored = accounted("medium")
     published = {r["row"]: r for r in records.read(records.RESULTS / "published.jsonl")}

@@ -3,8 +3,10 @@
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,7 @@ def test_a_matrix_product_is_counted_and_its_floor_is_in_seconds():
 def runner(tmp_path_factory):
     """A bench as the command makes it: two steps, one call."""
     options = measure.parse(["memory", "--model", "nano", "--steps", "2", "--calls", "1"])
-    made = bench.Bench(options, "nano", str(NANO), "cpu")
+    made = bench.Bench(options, "nano", str(NANO), "cpu", 128)
     made.reference()
     return made
 
@@ -301,7 +303,7 @@ def test_a_row_is_kept_where_eager_after_it_does_not_fit(runner, monkeypatch):
 def test_a_row_of_speed_leaves_the_loaded_pipeline_as_it_was(tmp_path):
     """Two changes that would show: the decoder's memory format, and attention that is used again."""
     options = measure.parse(["speed", "--model", "nano", "--steps", "2", "--calls", "1", "--warmup", "0"])
-    made = bench.Bench(options, "nano", str(NANO), "cpu")
+    made = bench.Bench(options, "nano", str(NANO), "cpu", 128)
     before = made.unchanged()
     # without its instructions a CPU emulates bfloat16, and takes minutes for the same two steps
     lower = ["bfloat16"] if fast_dtype("cpu") == torch.bfloat16 else []
@@ -394,6 +396,7 @@ def test_the_command_measures_and_resumes(tmp_path, capsys):
         (["memory", "--size", "100000"], "at most 8192"),
         (["memory", "--steps", "1000000"], "--steps must be 1 to 1000"),
         (["memory", "--weights", "random", "--model", "a/b"], "random weights are there for"),
+        (["speed", "--model", "nano-turbo"], "measure nano"),
         pytest.param(
             ["memory", "--cap-gb", "4"],
             "needs a CUDA device",
@@ -434,6 +437,51 @@ def test_nothing_but_the_persons_lines_is_on_the_terminal(tmp_path):
 def unset_verbosity():
     here = {k: v for k, v in os.environ.items() if "VERBOSITY" not in k and "LOG_LEVEL" not in k}
     return here | {"PYTHONPATH": os.pathsep.join([*filter(None, [here.get("PYTHONPATH")]), str(ROOT)])}
+
+
+def test_a_folder_is_measured_at_its_own_size_and_again_when_its_weights_changed(tmp_path, monkeypatch):
+    folder, out, drawn = tmp_path / "nano", tmp_path / "out.jsonl", []
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    shutil.copy(NANO / "transformer" / "config.json", folder / "transformer")
+    monkeypatch.setattr(bench.Bench, "row", lambda self, name: drawn.append(self.size) or {"median": 1.0})
+    options = measure.parse(["memory", "--model", str(folder)])
+    for weights in (b"first", b"first", b"second"):
+        (folder / "transformer" / "x.safetensors").write_bytes(weights)
+        tables.measured(options, ["default"], out, "")
+    assert drawn == [128, 128] and len({r["weights"] for r in records.read(out)}) == 2
+
+
+def test_the_cap_is_a_share_of_the_devices_own_memory(monkeypatch):
+    set_to = []
+    sizes = {"cuda:0": 80 * 2**30, "cuda:1": 20 * 2**30}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(total_memory=sizes.get(d, sizes["cuda:0"]))
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: set_to.append(given))
+    options = argparse.Namespace(**vars(measure.parse(["memory"])) | {"cap_gb": 10.0})
+    bench.Bench(options, "nano", str(NANO), "cuda:1", 128)._cap(10.0)
+    assert set_to == [(0.5, "cuda:1")]
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("timeout")), reason="a script for a machine with both")
+def test_the_script_for_a_gpu_runs_all_parts_and_says_which_failed(tmp_path):
+    python = tmp_path / "python"  # there is a GPU; the tests fail, of the records one study, and the lessons do not
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n'
+        'case "$*" in *"-m pytest"*) echo "1 failed"; exit 1;; *"measure memory"*) exit 2;; *) exit 0;; esac\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh")]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "in the time: tests records; look" in done.stderr
+    assert "1 failed" in done.stdout
+    calls = (tmp_path / "calls").read_text()
+    assert all(part in calls for part in ("pytest", "measure memory", "measure speed", "lessons.py"))
+    assert subprocess.run([*script, "lessons"], cwd=ROOT, env=environment, capture_output=True).returncode == 0
+    assert subprocess.run([*script, "tests lessons"], cwd=ROOT, env=environment, capture_output=True).returncode == 2
 
 
 def test_every_stored_row_can_be_measured_again():

@@ -4,7 +4,7 @@ import pytest
 
 from sd3kit.recipe import scenes
 
-KINDS = ("single", "sign", "pair", "count")
+KINDS = ("single", "sign", "pair", "split", "count")
 FIRST = scenes.SUBJECTS[:32]
 
 
