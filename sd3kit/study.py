@@ -1,4 +1,4 @@
-"""The lessons' stored studies: figures with intervals. `python -m studies NAME`, in the repository, measures again."""
+"""The lessons' stored studies: figures with intervals, measured by `python -m studies NAME` in the repository."""
 
 from pathlib import Path
 
