@@ -28,6 +28,7 @@ def quick(art, monkeypatch):
     """A training of the flow that draws few pictures and takes a step or two."""
     monkeypatch.setattr(flow, "PARTS", (flow.Part(("single",), 4),))
     monkeypatch.setattr(command, "Art", lambda folder: art)
+    monkeypatch.setattr(autoencoder, "train", lambda *given, **more: pytest.fail("it begins anew"))
 
 
 @pytest.mark.usefixtures("quick")
@@ -83,7 +84,8 @@ def test_each_command_knows_the_subjects_of_its_pipeline(line, beside, monkeypat
         (beside / TEMPLATES.name).unlink(missing_ok=True)
 
 
-def test_of_the_fewest_subjects_each_kind_has_something_held_out(rng, capsys):
+def test_of_the_fewest_subjects_each_kind_has_something_held_out(rng, monkeypatch, capsys):
+    monkeypatch.setattr(command, "train", lambda options: pytest.fail("it began"))
     assert "--subjects must be 4 to" in refused(capsys, "train", "--subjects", 3)
     for kind in evaluate.KINDS:
         assert scenes.is_held_out(scenes.random_scene(rng, scenes.SUBJECTS[:4], kind, held_out=True, spell=0))
@@ -147,6 +149,7 @@ def test_a_record_is_kept_only_where_card_and_record_can_be_written(tmp_path, mo
 
 
 def test_what_is_missing_or_wrong_is_said_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load", lambda *given, **more: pytest.fail("a model was loaded"))
     assert "--guidance must be 1 to 20, not nan" in refused(capsys, "turbo", "--guidance", "nan", "--work", tmp_path)
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     monkeypatch.setattr(art_module, "fetch", lambda folder: pytest.fail("before anything is fetched"))
