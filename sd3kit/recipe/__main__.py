@@ -1,4 +1,5 @@
-"""The recipe on the command line: `python -m sd3kit.recipe train`, `evaluate` and `sheets`."""
+"""The recipe on the command line: `train`, `polish` and `turbo` make models, for which `pack` carries the art to a
+machine without a network; `evaluate` and `sheets` say and show how good one is."""
 
 import argparse
 import io
@@ -14,11 +15,12 @@ from .. import records
 from ..errors import UserError, answer
 from ..files import check_writable, write_whole
 from ..loading.device import check_device, pick_device, use_threads
-from ..loading.names import NANO, resolve
+from ..loading.names import NANO, TURBO, resolve
 from ..loading.pipeline import load
 from . import autoencoder, digest, evaluate, flow, reading, scenes, turbo
 from .art import Art, pack
-from .judge import TEMPLATES, Judge, save_templates
+from .checkpoints import whole_files
+from .judge import TEMPLATES, judge_of, save_templates
 from .text import Text
 
 CARD = NANO / "README.md"
@@ -31,9 +33,12 @@ def parser() -> argparse.ArgumentParser:
     device = picked if (picked := pick_device()).startswith("cuda") else "cpu"  # Apple's GPUs cannot
     top = argparse.ArgumentParser(prog="python -m sd3kit.recipe", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="make nano from the sources; run again to continue where it stopped")
-    train.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
-    train.add_argument("--out", type=Path, default=NANO, help="where the finished pipeline goes (%(default)s)")
+    train = commands.add_parser(
+        "train", help="make nano from the sources; run again to go on: checkpoints are in --work"
+    )
+    train.add_argument("--work", type=Path, default=cache, help="keeps the sources and checkpoints (%(default)s)")
+    own = "by default the package's own, which it replaces (%(default)s)"
+    train.add_argument("--out", type=Path, default=NANO, help=f"the finished pipeline's folder; {own}")
     train.add_argument("--start", type=Path, help="a finished pipeline, whose transformer learns on, the rest stays")
     train.add_argument("--subjects", type=int, default=240, help="how many of the subjects (%(default)s)")
     train.add_argument("--vae-minutes", type=float, default=26, help="for the autoencoder (%(default)s)")
@@ -48,13 +53,13 @@ def parser() -> argparse.ArgumentParser:
     polish = commands.add_parser(
         "polish", help="let the decoder learn to bear the flow's errors; run again to continue"
     )
-    polish.add_argument("--work", type=Path, default=cache, help="folder for sources and checkpoints (%(default)s)")
-    polish.add_argument("--out", type=Path, default=NANO, help="the pipeline's folder (%(default)s)")
+    polish.add_argument("--work", type=Path, default=cache, help="keeps the sources and checkpoints (%(default)s)")
+    polish.add_argument("--out", type=Path, default=NANO, help=f"the pipeline, whose decoder it replaces; {own}")
     polish.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
     polish.add_argument("--device", default=device, help="cpu or cuda (%(default)s)")
     few = commands.add_parser("turbo", help="distil a LoRA that draws in four steps; run again to continue")
-    few.add_argument("--work", type=Path, default=cache, help="folder for checkpoints (%(default)s)")
-    few.add_argument("--out", type=Path, default=NANO.with_name("nano-turbo"), help="the LoRA's folder (%(default)s)")
+    few.add_argument("--work", type=Path, default=cache, help="keeps the checkpoints (%(default)s)")
+    few.add_argument("--out", type=Path, default=TURBO, help=f"the LoRA's folder; {own}")
     few.add_argument("--model", default="nano", help="a folder with a pipeline (%(default)s)")
     few.add_argument("--guidance", type=float, default=turbo.GUIDANCE, help="the teacher's (%(default)s)")
     few.add_argument("--minutes", type=float, default=60, help="all runs together (%(default)s)")
@@ -76,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Look at the options before hours of work, then do what they ask for. UserError: what is wrong with them."""
-    limits = {"subjects": (2, len(scenes.SUBJECTS)), "count": (1, 100_000)}
+    # of three subjects no pair is held out, so that none could be asked for
+    limits = {"subjects": (4, len(scenes.SUBJECTS)), "count": (1, 100_000), "guidance": (1, 20)}
     for name, value in vars(options).items():
         low, high = limits.get(name, (0.001, 1e6) if "minutes" in name else (None, None))
         if low is not None and not low <= value <= high:
@@ -95,6 +101,9 @@ def run(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     if options.start and not (options.start / "model_index.json").exists():
         raise UserError(f"--start: {options.start} is no pipeline's folder (no model_index.json there).")
+    begun, parts = options.work / "flow.pt", [options.work / name for name in ("vae", "text.pt")]
+    if begun.exists() and not options.start and not all(part.exists() for part in parts):
+        raise UserError(f"{begun} began from other parts than are made now: give its --start, or another --work.")
     options.work.mkdir(parents=True, exist_ok=True)
     state = PartialState(
         cpu=options.device == "cpu"
@@ -117,10 +126,11 @@ def train(options: argparse.Namespace) -> int:
     if not state.is_main_process:
         return 0
     flow.export(model, text, vae, options.out)
-    beside = HERE if options.out == NANO else options.out  # the pipeline's folder holds a pipeline and its card
+    # nano's own folder holds a pipeline and its card
+    beside = HERE if options.out.resolve() == NANO.resolve() else options.out
     save_templates(art, options.subjects, beside / TEMPLATES.name)
     held_out = "\n".join(scenes.held_out(scenes.SUBJECTS[: options.subjects]))
-    (beside / scenes.HELD_OUT.name).write_text(held_out + "\n", encoding="utf-8")
+    write_whole(beside / scenes.HELD_OUT.name, held_out + "\n")
     return 0
 
 
@@ -128,17 +138,17 @@ def polish(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     pipe = load(options.out.resolve(), device=options.device, dtype=torch.float32)  # a folder, never a name
     use_threads(small=False)  # for training; `load` chose for drawing
-    beside = options.out / TEMPLATES.name  # as `train` writes them; a copy of nano may lack them
-    subjects = len(Judge(path=beside if beside.is_file() else TEMPLATES).subjects)
+    subjects = len(judge_of(options.out.resolve()).subjects)
     vae = autoencoder.polish(pipe, subjects, Art(options.work), options.work, options.minutes)
-    vae.half().save_pretrained(options.out / "vae", safe_serialization=True)
-    flow.tidy_configurations(options.out)
+    with whole_files(options.out) as part:
+        vae.half().save_pretrained(part / "vae", safe_serialization=True)
+        flow.tidy_configurations(part)
     return 0
 
 
 def distil(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
-    pipe, subjects = load(options.model), len(Judge().subjects)
+    pipe, subjects = load(options.model), len(judge_of(options.model).subjects)
     use_threads(small=False)
     turbo.train(pipe, options.work, options.minutes, subjects=subjects, guidance=options.guidance)
     turbo.export(pipe, options.out)
@@ -148,11 +158,18 @@ def distil(options: argparse.Namespace) -> int:
 def judge(options: argparse.Namespace) -> int:
     if options.store and options.model != "nano":
         raise UserError("--store writes into nano's card: leave --model out.")
+    if options.store:
+        check_writable(RECORD)
+        check_writable(CARD)
+        card = CARD.read_text(encoding="utf-8")
+        if not 0 <= card.find(evaluate.CARD_START) < card.find(evaluate.CARD_END):
+            lines = f"{evaluate.CARD_START} and {evaluate.CARD_END}"
+            raise UserError(f"{CARD} lacks the lines {lines}: put them in where the table goes.")
     pipe = load(options.model)
     art = None if options.no_floors else Art(options.work)
     record = {"weights": digest.of(resolve(options.model))}  # before hours in which a training may end
-    record |= evaluate.evaluate(pipe, Judge(), count=options.count, art=art)
-    command = f"python -m sd3kit.recipe evaluate --count {options.count}"
+    record |= evaluate.evaluate(pipe, judge_of(options.model), count=options.count, art=art)
+    command = f"python -m sd3kit.recipe evaluate --count {options.count}{' --no-floors' * options.no_floors}"
     record |= records.stamp(command)
     print(evaluate.table(record))
     if options.store:
@@ -167,7 +184,8 @@ def judge(options: argparse.Namespace) -> int:
 def sheets(options: argparse.Namespace) -> int:
     pipe = load(options.model)
     options.folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"nano": evaluate.showcase(pipe), "nano_held_out": evaluate.best_median_worst(pipe, Judge())}
+    drawn = {"nano": evaluate.showcase(pipe)}
+    drawn["nano_held_out"] = evaluate.best_median_worst(pipe, judge_of(options.model))
     for name, sheet in drawn.items():
         sheet.image.save(stored := io.BytesIO(), "PNG", optimize=True)
         write_whole(options.folder / f"{name}.png", stored.getvalue())

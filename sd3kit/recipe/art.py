@@ -5,6 +5,7 @@ Only the recipe needs this module; drawing with nano does not. Rendering wants `
 
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..files import write_whole
 from .scenes import COLOURS, STYLES, SUBJECTS, Scene, Subject
 
 # npm package, version and integrity, as `npm pack --json` prints it.
@@ -39,6 +41,7 @@ SOURCES = {
     ),
 }
 PACKED = "icons.json.xz"
+FIRST = "ae59e5cd1c7fd4b5"  # `pins` of files that do not name theirs yet
 SIDE = 160  # pixels of a rendered icon
 SIZE = 128  # pixels of a picture
 CELL = 16  # pixels of a letter's cell: one token of the transformer
@@ -60,6 +63,11 @@ supervillain guard ninja pregnant breast bald beard hair medium light dark finge
 
 class ArtError(UserError):
     """The art could not be fetched or is not what was pinned; the message says what to do."""
+
+
+def pins() -> str:
+    """What the rendered and the packed art depend on, in short: neither may outlive its sources."""
+    return hashlib.sha256(repr((SOURCES, sorted(_LEFT_OUT), SIDE)).encode()).hexdigest()[:16]
 
 
 def fetch(folder: Path) -> dict[str, Path]:
@@ -115,7 +123,13 @@ def _render(svg: str) -> np.ndarray:
 def vectors(folder: Path) -> dict[str, dict]:
     """The icons that training uses, as SVG, by style: from what `pack` wrote into the folder, or from the archives."""
     if (packed := folder / PACKED).exists():
-        return json.loads(lzma.decompress(packed.read_bytes()))
+        try:
+            sets = json.loads(lzma.decompress(packed.read_bytes()))
+        except (lzma.LZMAError, EOFError):  # its checksums are xz's
+            sets = {"pins": ""}
+        if sets.pop("pins", FIRST) != pins():
+            raise ArtError(f"{packed} is damaged, or of other art than the pinned: pack it again.")
+        return sets
     sets = {}
     for style, path in fetch(folder).items():
         with tarfile.open(path) as archive:
@@ -135,8 +149,13 @@ def vectors(folder: Path) -> dict[str, dict]:
 def pack(folder: Path, out: Path) -> Path:
     """Write all the art that training uses into one small file, to carry to a machine without a network."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / PACKED).write_bytes(lzma.compress(json.dumps(vectors(folder)).encode()))
+    write_whole(out / PACKED, lzma.compress(json.dumps(vectors(folder) | {"pins": pins()}).encode()))
     return out / PACKED
+
+
+def _stored_pins(cache: Path) -> str:
+    with np.load(cache) as stored:
+        return str(stored["pins"]) if "pins" in stored else FIRST
 
 
 class Art:
@@ -145,14 +164,16 @@ class Art:
     def __init__(self, folder: Path):
         """Load from `folder`, fetching and rendering (seconds on many cores, a minute on two) the first time."""
         cache = folder / "icons.npz"
-        if not cache.exists():
+        if not cache.exists() or _stored_pins(cache) != pins():
+            if importlib.util.find_spec("resvg_py") is None:
+                raise ArtError("resvg-py is needed to render the art: `pip install resvg-py` (the extra `train`).")
             sets = vectors(folder)
             keys = [(name, style) for name in sets["3d"]["icons"] for style in STYLES]
             with ProcessPoolExecutor() as pool:
                 jobs = pool.map(_render, [_svg(sets[style], name) for name, style in keys], chunksize=32)
                 pixels = np.stack(list(tqdm(jobs, desc="rendering the art", total=len(keys), mininterval=5)))
             whole = cache.with_suffix(".part.npz")
-            np.savez(whole, pixels=pixels, keys=np.array(keys))
+            np.savez(whole, pixels=pixels, keys=np.array(keys), pins=pins())
             os.replace(whole, cache)
         with np.load(cache) as stored:
             self.pixels, self.keys = stored["pixels"], [tuple(map(str, key)) for key in stored["keys"]]

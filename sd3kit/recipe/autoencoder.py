@@ -11,8 +11,6 @@ Three things make it work on so little compute:
    centred and easy to learn.
 """
 
-import copy
-import hashlib
 import math
 import os
 import random
@@ -26,7 +24,9 @@ from PIL import Image
 
 from . import scenes
 from .art import SIZE, Art, draw, place, to_tensor
-from .training import Average, Budget, cosine, fast_dtype, own_random, restore_parts, save_parts
+from .checkpoints import mark, restore_parts, save_parts, whole_files
+from .text import Text
+from .training import Average, Budget, cosine, fast_dtype, own_random
 
 CHANNELS = 16
 NOISE = 0.1  # deviation of the posterior, and the most in training; the latents' own deviation is about 1
@@ -147,23 +147,15 @@ def train(
     minutes: float,
     *,
     device: str = "cpu",
-    start: AutoencoderKL | None = None,
     rate: float = 2e-3,
     batch: int | None = None,
     apart: float = 0.15,
 ) -> AutoencoderKL:
-    """Train for `minutes` and save to `out`/vae with the measured scaling factor; continues an interrupted run.
-
-    From `start`, a trained one, whose latents are held near what they were: a flow that knows them can learn on.
-    """
+    """Train for `minutes` and save to `out`/vae with the measured scaling factor; continues an interrupted run."""
     rng, dtype = random.Random(0), fast_dtype(device)
     batch = batch or (16 if device == "cpu" else 128)
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG).to(device, memory_format=torch.channels_last)
-    old = None
-    if start is not None:
-        vae.load_state_dict(start.state_dict())
-        old, apart = copy.deepcopy(vae.encoder).requires_grad_(False), 0.0
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.parameters()), 0.998), Budget(minutes, "autoencoder")
     kept = {"model": vae, "optimizer": optimizer, "average": average, "budget": budget}
@@ -182,7 +174,7 @@ def train(
             group["lr"] = rate * warm * cosine(done, 0.2, 0.01)
         x = crops(batch)
         with torch.no_grad():
-            code = old(x)[:, :CHANNELS] if old else ((_patches(x) - mean) @ projection).permute(0, 3, 1, 2)
+            code = ((_patches(x) - mean) @ projection).permute(0, 3, 1, 2)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             latent = vae.encode(x).latent_dist
             z = code if done < apart else latent.mean
@@ -195,11 +187,12 @@ def train(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         average.update()
-        if budget.steps % 250 == 249:
+        if budget.steps % 100 == 99:
             average.swap()
             budget.notes = {"loss": f"{loss.item():.4f}", "psnr": f"{psnr(vae, fresh).mean().item():.2f} dB"}
             average.swap()
             save_parts(kept, checkpoint, pca=(mean.cpu(), projection.cpu()))
+    save_parts(kept, checkpoint, pca=(mean.cpu(), projection.cpu()))
     average.swap()
     return finish(vae.to("cpu", memory_format=torch.contiguous_format), art, out)
 
@@ -233,7 +226,7 @@ def polish(
     pipe, subjects: int, art: Art, work: Path, minutes: float, *, rate: float = 5e-4, batch: int = 8, every: int = 8
 ) -> AutoencoderKL:
     """Let the decoder of a pipeline learn to bear the errors that its flow makes, in place. The latents stay as they
-    are, and with them all that a flow learnt. Goes on from `work`/decoder.pt where that began from these weights.
+    are, and with them all that a flow learnt. Goes on from `work`/decoder.pt. UserError: that began from other parts.
 
     Every second batch is of what the pipeline has `redrawn`, some more at every so many steps. Pictures are whole, as
     in use: GroupNorm sees all of them, and learning on from crops cost 0.3 dB.
@@ -243,10 +236,10 @@ def polish(
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, budget = Average(list(vae.decoder.parameters()), 0.998), Budget(minutes, "decoder")
     kept = {"decoder": vae.decoder, "optimizer": optimizer, "average": average, "budget": budget}
-    began = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())).hexdigest()
+    stay = {"encoder": vae.encoder, "transformer": pipe.transformer, "text encoders": Text.of(pipe)}
+    began = {name: mark(part.parameters()) for name, part in (stay | {"decoder": vae.decoder}).items()}
     checkpoint = work / "decoder.pt"
-    if checkpoint.exists() and torch.load(checkpoint, map_location="cpu", weights_only=True)["began"] == began:
-        restore_parts(kept, checkpoint)
+    restore_parts(kept, checkpoint, began)
     rng, dtype = random.Random(budget.steps), fast_dtype(device)
     torch.manual_seed(budget.steps)
     whole, known = Crops(art, str(pipe.device), budget.steps, side=SIZE), []
@@ -284,5 +277,6 @@ def finish(vae: AutoencoderKL, art: Art, out: Path, count: int = 256) -> Autoenc
     latents = torch.cat([vae.encode(x).latent_dist.mode() for x in pictures.split(32)])
     print(f"latents: mean {latents.mean():.3f}, deviation {latents.std():.3f}; {psnr(vae, pictures).mean():.2f} dB")
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.save_pretrained(out / "vae")
+    with whole_files(out) as part:
+        vae.save_pretrained(part / "vae")
     return vae

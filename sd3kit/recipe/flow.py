@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -30,22 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import scenes
 from .art import Art
+from .checkpoints import mark, restore_parts, save_parts, whole_files
 from .pool import Batch, Pool
 from .text import CLIP_LENGTH, CLIP_WIDTHS, JOINT, Text
-from .training import (
-    Average,
-    Budget,
-    Guard,
-    Muon,
-    Replayed,
-    average_gradients,
-    cosine,
-    fast_dtype,
-    process,
-    restore_parts,
-    same,
-    save_parts,
-)  # fmt: skip
+from .training import Average, Budget, Guard, Muon, Replayed, average_gradients, cosine, fast_dtype, process, same
 
 SHIFT = 3.0  # of the noise levels in training
 DROP = 0.15  # how often each text encoder is left out (the paper: 46.3%)
@@ -179,7 +168,7 @@ def train(
 
     Continues from `work`/flow.pt where there is one: an interrupted run goes on, and with more minutes or subjects a
     finished one is widened. Where there is none it begins from `start`, a trained transformer, or from nothing. The
-    autoencoder and the text encoders stay as they are.
+    autoencoder and the text encoders stay as they are. UserError: the checkpoint began from others.
     """
     rng = random.Random(seed)
     on_gpu = device != "cpu"
@@ -191,11 +180,19 @@ def train(
         model.load_state_dict(start.state_dict())
     average, budget = Average(list(model.parameters()), 0.9995), Budget(minutes, "flow")
     adamw, muon = optimizers(model, *RATES[kind])
-    kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon}
+    guard = Guard(average, adamw, muon)
+    kept = {"model": model, "average": average, "budget": budget, "adamw": adamw, "muon": muon, "guard": guard}
+    began = {  # the decoder may be another: the flow knows latents alone
+        "transformer": mark(start.parameters()) if start else "new",
+        "autoencoder": mark(vae.encoder.parameters()),
+        "text encoders": mark(text.parameters()),
+    }
     groups = adamw.param_groups + muon.param_groups
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     checkpoint = work / "flow.pt"
-    if restore_parts(kept, checkpoint):
+    if stored := restore_parts(kept, checkpoint, began):
+        if stored.get("subjects") != subjects:
+            guard.best = math.inf  # it was that of other pictures
         for group, given in zip(adamw.param_groups + muon.param_groups, settings, strict=True):
             group.update(given)  # this run's rates, not the stored ones
         for state in adamw.state.values():
@@ -218,9 +215,9 @@ def train(
         for block in model.transformer_blocks:
             block.compile(dynamic=False)
         both = Replayed(both)
-    guard, smooth, began = Guard(average), {}, budget.steps
+    smooth, first = {}, budget.steps
     for done in budget:
-        factor = guard.slower * min(1.0, (budget.steps - began + 1) / 100) * cosine(done, decay_from, 0.02)
+        factor = guard.slower * min(1.0, (budget.steps - first + 1) / 100) * cosine(done, decay_from, 0.02)
         full = done > FULL_FROM[kind] or rng.random() < 0.03
         lengths = (CLIP_LENGTH, rng.choice((40, 256) if on_gpu else (40, 77, 256))) if full else (0, 0)
         counts = tuple(size // 2 if full and on_gpu else size for size in sizes.values())
@@ -235,20 +232,22 @@ def train(
             if budget.steps % 16 < part.size / 4:
                 pool.renew()
         average_gradients(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (adamw, muon):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
-        average.update()
+        if guard.follow(norm):  # a GPU waits here, for as long as the next graph's launch takes
+            smooth = {}
         budget.notes = {name: f"{value:.4f}" for name, value in smooth.items()}
         if budget.steps % (500 if on_gpu else 100) == 99:
-            if smooth:  # a run that has just gone on may have read no loss yet
-                guard.watch(same(sum(smooth.values())), adamw, muon)
+            # a run that has just gone on may have read no loss yet
+            if smooth and guard.watch(same(sum(smooth.values()))):
+                smooth = {}
             if rank == 0:
-                save_parts(kept, checkpoint)
+                save_parts(kept, checkpoint, began=began, subjects=subjects)
     if rank == 0:
-        save_parts(kept, checkpoint)
+        save_parts(kept, checkpoint, began=began, subjects=subjects)
     average.swap()
     return model
 
@@ -272,11 +271,12 @@ def export(model: SD3Transformer2DModel, text: Text, vae: AutoencoderKL, folder:
         text_encoder_3=text.text_encoder_3,
         tokenizer_3=text.tokenizers[2],
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    tidy_configurations(folder)
-    for path in folder.glob("tokenizer*/tokenizer.json"):  # a third less without its spaces
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(rows, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    with whole_files(folder) as part:
+        pipeline.save_pretrained(part, safe_serialization=True)
+        tidy_configurations(part)
+        for path in part.glob("tokenizer*/tokenizer.json"):  # a third less without its spaces
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(rows, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def tidy_configurations(folder: Path) -> None:

@@ -6,12 +6,16 @@ compared with the letters of the font. `evaluate` measures how often it is right
 """
 
 import functools
+import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..files import write_whole
+from ..loading.names import resolve
 from . import scenes
 from .art import CELL, PLACES, SIZE, Art, sign
 
@@ -35,7 +39,14 @@ def save_templates(art: Art, subjects: int, path: Path = TEMPLATES) -> None:
             icon = Image.frombytes("RGBa", (160, 160), art[subject.icon, style].tobytes())
             icon = icon.resize((_STORED, _STORED), Image.Resampling.BOX).convert("RGBA")
             sheet.paste(icon, (column * _STORED, row * _STORED))
-    sheet.save(path, lossless=False, quality=90, exact=True)
+    sheet.save(stored := io.BytesIO(), "WEBP", lossless=False, quality=90, exact=True)
+    write_whole(path, stored.getvalue())
+
+
+def judge_of(model: str | os.PathLike) -> "Judge":
+    """The judge for a pipeline: with the templates beside it, which `train` writes, or with the package's."""
+    beside = Path(resolve(model)) / TEMPLATES.name
+    return Judge(path=beside if beside.is_file() else TEMPLATES)
 
 
 def background(pixels: np.ndarray) -> np.ndarray:

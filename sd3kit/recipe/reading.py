@@ -18,9 +18,10 @@ from torch.nn.functional import cross_entropy, normalize
 from ..errors import UserError
 from . import scenes
 from .art import CELL, SIZE, Art, cells
+from .checkpoints import restore_parts, save_parts
 from .pool import Pool, random_caption
 from .text import CLIP_WIDTHS, JOINT, Text
-from .training import Average, Budget, cosine, process, restore_parts, save_parts
+from .training import Average, Budget, cosine, process
 
 KINDS = ("single", "single", "sign", "pair", "count")
 WRITTEN = "abcdefghijklmnopqrstuvwxyz0123456789"  # what a cell may hold; number 0 is nothing
@@ -115,7 +116,14 @@ def train(
     if budget.spent < minutes * 60:
         if process()[1] > 1:
             raise UserError("the text encoders have minutes left: finish them with one process first.")
-        pool = Pool(art, vae.to(device).eval().requires_grad_(False), text, scenes.SUBJECTS, KINDS, 12_000)
+        if (work / "flow.pt").exists():
+            raise UserError(
+                f"{work / 'flow.pt'} learnt with text encoders of {budget.spent / 60:.3g} minutes: give no more "
+                "as --text-minutes, or another --work."
+            )
+        pool = Pool(
+            art, vae.to(device).eval().requires_grad_(False), text, scenes.SUBJECTS, KINDS, 12_000, seed=budget.steps
+        )
         pool.renew(96)
         for done in budget:
             for group in optimizer.param_groups:

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from . import scenes
+from .checkpoints import whole_files
 
 CLIP_LENGTH = 77  # as SD3's: diffusers' training tools count on it
-T5_LENGTH = 256  # the most that SD3's pipeline gives unless told otherwise
 JOINT = 192  # width of the T5, and of the joint sequence; the two CLIPs side by side must not exceed it
 CLIP_WIDTHS = (64, 96)
 
@@ -86,7 +86,7 @@ def small_letters() -> bytes:
 
     transformers 5 rebuilds a T5's tokenizer from its vocabulary, and of normalizers keeps this kind alone.
     """
-    import sentencepiece  # an optional dependency: the extra `train`
+    import sentencepiece  # only the first run of the recipe needs it
     from sentencepiece import sentencepiece_model_pb2
 
     quotes = {chr(0x2018): "'", chr(0x2019): "'", chr(0x201C): '"', chr(0x201D): '"'}
@@ -111,8 +111,9 @@ def tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer, T5TokenizerF
     """The three tokenizers in `folder`, in the pipeline's layout; trained and stored where they are not there."""
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     if not all((folder / name).is_dir() for name in names):
-        for name, tokenizer in zip(names, (*clip_tokenizers(), t5_tokenizer()), strict=True):
-            tokenizer.save_pretrained(folder / name)
+        with whole_files(folder) as part:
+            for name, tokenizer in zip(names, (*clip_tokenizers(), t5_tokenizer()), strict=True):
+                tokenizer.save_pretrained(part / name)
     kinds = (CLIPTokenizer, CLIPTokenizer, T5TokenizerFast)
     first, second, third = (kind.from_pretrained(folder / name) for kind, name in zip(kinds, names, strict=True))
     return first, second, third

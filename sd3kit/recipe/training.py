@@ -1,15 +1,15 @@
-"""What the two trainings of nano share: the device and its precision, a budget in minutes, checkpoints, averages."""
+"""What the trainings of nano share: the device and its precision, a budget in minutes, averages."""
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import distributed
 from tqdm.auto import tqdm
+
+from ..errors import UserError
 
 
 def fast_dtype(device: str) -> torch.dtype:
@@ -26,28 +26,6 @@ def own_random(seed: int) -> random.Random:
     """Random numbers of a process that draws: each worker of a `DataLoader` has others."""
     worker = torch.utils.data.get_worker_info()
     return random.Random(f"{seed} {worker.id if worker else 0}")
-
-
-def save_whole(state: dict, path: Path) -> None:
-    """Write a checkpoint whole or not at all: a kill at any moment leaves the old one or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def save_parts(parts: dict, path: Path, **more) -> None:
-    """Write a checkpoint of all that has a `state_dict`, and of `more`."""
-    save_whole({name: part.state_dict() for name, part in parts.items()} | more, path)
-
-
-def restore_parts(parts: dict, path: Path) -> dict | None:
-    """Load a checkpoint into its parts, on whatever device they are. Returns all that it holds, or None without one."""
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
 
 
 class Muon(torch.optim.Muon):
@@ -186,23 +164,46 @@ class Average:
 
 
 class Guard:
-    """Goes back to the average, and to half the learning rates, when a loss rises: a GPU's minutes are dear."""
+    """Goes back to the average, and to half the learning rates, where a loss rises or a gradient is not finite: a
+    GPU's minutes are dear. The average follows by `follow` alone, so that what it goes back to is sound.
 
-    def __init__(self, average: Average):
-        self.average, self.slower, self.best = average, 1.0, math.inf
+    Both methods say whether it went back; the losses that were seen until then are no longer the model's.
+    """
 
-    @torch.no_grad()
-    def watch(self, loss: float, *optimizers: torch.optim.Optimizer) -> None:
+    def __init__(self, average: Average, *optimizers: torch.optim.Optimizer):
+        self.average, self.optimizers, self.slower, self.best = average, optimizers, 1.0, math.inf
+
+    def follow(self, norm: torch.Tensor) -> bool:
+        """Told the norm of the gradients after each step, before anything is saved."""
+        if math.isfinite(norm.item()):
+            self.average.update()
+            return False
+        return self._back("a gradient was not finite")
+
+    def watch(self, loss: float) -> bool:
         """Told the smoothed loss now and then."""
         if loss < 1.5 * self.best:  # false also where it is not a number
             self.best = min(self.best, loss)
-            return
+            return False
+        return self._back(f"the loss rose to {loss:.3f}")
+
+    @torch.no_grad()
+    def _back(self, why: str) -> bool:
         self.slower /= 2
+        if self.slower < 0.001:
+            raise UserError(f"the training fails at whatever rate ({why}): begin again with another --work.")
         for value, parameter in zip(self.average.values, self.average.source, strict=True):
             parameter.copy_(value)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.state.clear()
-        print(f"the loss rose to {loss:.3f}: back to the average, at {self.slower:g} of the rates")
+        print(f"{why}: back to the average, at {self.slower:g} of the rates")
+        return True
+
+    def state_dict(self) -> dict:
+        return {"slower": self.slower, "best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.slower, self.best = state["slower"], state["best"]
 
 
 class Budget:
@@ -217,6 +218,8 @@ class Budget:
 
     def __iter__(self) -> Iterator[float]:
         total = self.minutes * 60
+        if self.spent >= total and process()[0] == 0:
+            print(f"{self.name}: {self.spent / 60:.3g} minutes are done, of {self.minutes:g}: give more to go on.")
         last = time.monotonic()
         bar = tqdm(
             total=round(total), initial=round(self.spent), unit="s", desc=self.name, mininterval=10,

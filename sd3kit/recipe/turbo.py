@@ -17,9 +17,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from . import scenes
+from .checkpoints import mark, restore_parts, save_parts, whole_files
 from .pool import random_caption
 from .text import Text, cut
-from .training import Average, Budget, Guard, cosine, restore_parts, save_parts
+from .training import Average, Budget, Guard, cosine
 
 RANK = 16
 LAYERS = (
@@ -63,21 +64,25 @@ def teach(velocity, x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
 
 def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subjects: int, batch: int = 8,
           rate: float = 2e-3, guidance: float = GUIDANCE, seed: int = 0) -> StableDiffusion3Pipeline:  # fmt: skip
-    """Train the adapter "turbo" on the pipeline's transformer for `minutes`; continues from `work`/turbo.pt."""
+    """Train the adapter "turbo" on the pipeline's transformer for `minutes`; continues from `work`/turbo.pt.
+
+    UserError: that was begun for another transformer or guidance.
+    """
     rng, device, model = random.Random(seed), pipe.device, pipe.transformer
     torch.manual_seed(seed)
-    text = Text.of(pipe)
+    text, began = Text.of(pipe), {"transformer": mark(model.parameters()), "guidance": f"{guidance:g}"}
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LAYERS)), adapter_name="turbo")
     weights = [p for p in model.parameters() if p.requires_grad]
     adapter = torch.nn.ParameterList(weights)
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     average, budget = Average(weights, 0.99), Budget(minutes, "turbo")
-    kept = {"adapter": adapter, "average": average, "budget": budget, "optimizer": optimizer}
-    if restore_parts(kept, work / "turbo.pt"):
+    guard = Guard(average, optimizer)
+    kept = {"adapter": adapter, "average": average, "budget": budget, "optimizer": optimizer, "guard": guard}
+    if restore_parts(kept, work / "turbo.pt", began):
         rng.seed(budget.steps)
         torch.manual_seed(budget.steps)
-    guard, known, smooth, at = Guard(average), scenes.SUBJECTS[:subjects], 0.0, None
+    known, smooth, at = scenes.SUBJECTS[:subjects], 0.0, None
     for done in budget:
         for group in optimizer.param_groups:
             group["lr"] = rate * guard.slower * min(1.0, (budget.steps + 1) / 50) * cosine(done, 0.3, 0.05)
@@ -107,18 +112,21 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
         # what is drawn, would count for nothing
         loss = (velocity - wanted).square().mean() * (path[0] - path[-1])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update()
+        if guard.follow(norm):
+            smooth, at = 0.0, None
+            continue
         x, at = (x + (path[-1] - path[0]) * velocity).detach(), at + 1
         at = None if at == len(paths) else at
         smooth += (loss.item() - smooth) * (0.02 if smooth else 1.0)  # a run that goes on has read none yet
         budget.notes = {"loss": f"{smooth:.4f}"}
         if budget.steps % 50 == 49:
-            guard.watch(smooth, optimizer)
-            save_parts(kept, work / "turbo.pt")
-    save_parts(kept, work / "turbo.pt")
+            if guard.watch(smooth):
+                smooth = 0.0
+            save_parts(kept, work / "turbo.pt", began=began)
+    save_parts(kept, work / "turbo.pt", began=began)
     average.swap()
     return pipe
 
@@ -126,5 +134,6 @@ def train(pipe: StableDiffusion3Pipeline, work: Path, minutes: float, *, subject
 def export(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     """Save the adapter as diffusers loads it, in float16, and the scheduler that it wants."""
     layers = get_peft_model_state_dict(pipe.transformer, adapter_name="turbo")
-    pipe.save_lora_weights(folder, transformer_lora_layers={name: value.half() for name, value in layers.items()})
-    scheduler(pipe).save_pretrained(folder / "scheduler")
+    with whole_files(folder) as part:
+        pipe.save_lora_weights(part, transformer_lora_layers={name: value.half() for name, value in layers.items()})
+        scheduler(pipe).save_pretrained(part / "scheduler")

@@ -13,25 +13,12 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sd3kit.errors import UserError
 from sd3kit.loading.names import NANO
 from sd3kit.recipe import __main__ as command
 from sd3kit.recipe import art as art_module
 from sd3kit.recipe import autoencoder, evaluate, flow, pool, reading, scenes, text, training, turbo
 from sd3kit.recipe.judge import Judge
-
-
-def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "flow.pt"
-    training.save_whole({"step": 1}, path)
-
-    def dies(state, part):
-        part.write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        training.save_whole({"step": 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
 
 
 def test_the_average_follows_and_swaps_back():
@@ -213,6 +200,9 @@ def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, de
         encoders = reading.train(art, vae, tmp_path, minutes, device=device, clip_batch=8, t5_batch=8)
         return encoders, torch.load(tmp_path / "text.pt", weights_only=True)
 
+    seeds = []
+    drawn = lambda *given, seed, **more: seeds.append(seed) or pool.Pool(*given, seed=seed, **more)  # noqa: E731
+    monkeypatch.setattr(reading, "Pool", drawn)
     _, first = run(0.02)
     encoders, again = run(first["budget"]["spent"] / 60 + 0.02)
     assert again["budget"]["steps"] > first["budget"]["steps"] > 0
@@ -221,6 +211,11 @@ def test_the_text_encoders_learn_continue_and_are_not_trained_twice(art, vae, de
     assert at_rest["budget"]["steps"] == again["budget"]["steps"]
     for one, other in zip(encoders.parameters(), same.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+    assert seeds == [0, first["budget"]["steps"]], "each run draws pictures of its own"
+    (tmp_path / "flow.pt").touch()  # a flow has learnt with these encoders
+    run(0.02)
+    with pytest.raises(UserError, match="give no more as --text-minutes"):
+        run(again["budget"]["spent"] / 60 + 0.02)
 
 
 def test_each_letter_of_a_sign_is_told_its_cell(tmp_path):
@@ -243,12 +238,15 @@ def test_the_autoencoder_learns_and_continues(art, device, tmp_path, monkeypatch
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: rng.choice(drawn))
     monkeypatch.setattr(autoencoder, "finish", functools.partial(autoencoder.finish, count=16))
     autoencoder.train(art, tmp_path, 0.02, device=device, batch=4)
-    vae = autoencoder.train(art, tmp_path, 0.04, device=device, batch=4)
+    first = torch.load(tmp_path / "vae.pt", weights_only=True)
+    vae = autoencoder.train(art, tmp_path, first["budget"]["spent"] / 60 + 0.02, device=device, batch=4)
+    again = torch.load(tmp_path / "vae.pt", weights_only=True)
+    assert again["budget"]["steps"] > first["budget"]["steps"] > 0 and torch.equal(again["pca"][0], first["pca"][0])
     stored = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert stored.config.scaling_factor == vae.config.scaling_factor > 0
 
 
-def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, tmp_path, monkeypatch):
+def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, tmp_path, monkeypatch, capsys):
     """Each redrawn latent is near that of its own picture; the encoder, and with it every latent, stays."""
     drawn = autoencoder.random_picture(art, random.Random(0))
     monkeypatch.setattr(autoencoder, "random_picture", lambda art, rng: drawn)
@@ -274,13 +272,25 @@ def test_the_decoder_learns_on_from_what_the_pipeline_draws_again(art, device, t
         autoencoder.polish(pipe, 240, art, tmp_path, 1, batch=1, every=2)
     first = torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]
     vae.load_state_dict(before)
-    autoencoder.polish(pipe, 240, art, tmp_path, first["spent"] / 60 + 0.01, batch=1, every=2)
-    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]["steps"] > first["steps"] == 2
+    minutes = first["spent"] / 60 + 0.01
+    autoencoder.polish(pipe, 240, art, tmp_path, minutes, batch=1, every=2)
+    again = torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]
+    assert again["steps"] > first["steps"] == 2
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder"}
-    pipe.to(device)  # with another decoder it begins anew
-    autoencoder.polish(pipe, 240, art, tmp_path, 1e-6, batch=1, every=2)
-    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"]["steps"] == 1
+    # run again on what it made, in the precision in which that is stored, it does nothing, and says so
+    polished = vae.half().float().state_dict()
+    made = {name: weight.clone() for name, weight in polished.items()}
+    pipe.to(device)
+    capsys.readouterr()
+    autoencoder.polish(pipe, 240, art, tmp_path, minutes, batch=1, every=2)
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["budget"] == again
+    assert "minutes are done" in capsys.readouterr().out
+    assert all(torch.equal(weight.half(), made[name].half()) for name, weight in vae.state_dict().items())
+    vae.decoder.conv_out.weight.data.mul_(1.01)
+    pipe.to(device)
+    with pytest.raises(UserError, match=r"\(other: decoder\): give another --work"):
+        autoencoder.polish(pipe, 240, art, tmp_path, minutes, batch=1, every=2)
 
 
 def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
@@ -333,9 +343,10 @@ def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path, monkeypat
     watched = []
     monkeypatch.setattr(turbo.Guard, "watch", lambda guard, loss, *_: watched.append(loss))
 
-    def run(minutes):
+    def run(minutes, change=1.0, **more):
         pipe = StableDiffusion3Pipeline.from_pretrained(NANO)
-        turbo.export(turbo.train(pipe, tmp_path, minutes, subjects=8, batch=2), tmp_path / "lora")
+        pipe.transformer.proj_out.weight.data.mul_(change)
+        turbo.export(turbo.train(pipe, tmp_path, minutes, subjects=8, batch=2, **more), tmp_path / "lora")
         return torch.load(tmp_path / "turbo.pt", weights_only=True)
 
     first = run(0.01)
@@ -343,6 +354,9 @@ def test_turbo_learns_continues_and_loads_in_plain_diffusers(tmp_path, monkeypat
     torch.save(first, tmp_path / "turbo.pt")
     again = run(first["budget"]["spent"] / 60 + 0.01)
     assert again["budget"]["steps"] > 49 and len(watched) == 1 and watched[0] > 0.01
+    for change, more, what in ((1.01, {}, "transformer"), (1.0, {"guidance": 3.0}, "guidance")):
+        with pytest.raises(UserError, match=rf"\(other: {what}\): give another --work"):
+            run(0.01, change, **more)
     lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     assert lora.stat().st_size < 3e6
     plain = StableDiffusion3Pipeline.from_pretrained(NANO)
