@@ -215,7 +215,7 @@ def train(
         for block in model.transformer_blocks:
             block.compile(dynamic=False)
         both = Replayed(both)
-    smooth, first = {}, budget.steps
+    smooth, first, norm = {}, budget.steps, None
     for done in budget:
         factor = guard.slower * min(1.0, (budget.steps - first + 1) / 100) * cosine(done, decay_from, 0.02)
         full = done > FULL_FROM[kind] or rng.random() < 0.03
@@ -237,7 +237,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
-        if guard.follow(norm):  # a GPU waits here, for as long as the next graph's launch takes
+        if guard.follow(norm, look=not on_gpu or budget.steps % 50 == 49):  # and so before each checkpoint
             smooth = {}
         budget.notes = {name: f"{value:.4f}" for name, value in smooth.items()}
         if budget.steps % (500 if on_gpu else 100) == 99:
@@ -246,6 +246,8 @@ def train(
                 smooth = {}
             if rank == 0:
                 save_parts(kept, checkpoint, began=began, subjects=subjects)
+    if norm is not None:
+        guard.look(norm)
     if rank == 0:
         save_parts(kept, checkpoint, began=began, subjects=subjects)
     average.swap()

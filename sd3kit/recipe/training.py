@@ -165,20 +165,28 @@ class Average:
 
 class Guard:
     """Goes back to the average, and to half the learning rates, where a loss rises or a gradient is not finite: a
-    GPU's minutes are dear. The average follows by `follow` alone, so that what it goes back to is sound.
+    GPU's minutes are dear. What it goes back to is the average at the last look at a gradient that was finite.
 
-    Both methods say whether it went back; the losses that were seen until then are no longer the model's.
+    Each method says whether it went back; the losses that were seen until then are no longer the model's.
     """
 
     def __init__(self, average: Average, *optimizers: torch.optim.Optimizer):
         self.average, self.optimizers, self.slower, self.best = average, optimizers, 1.0, math.inf
+        self.sound: list[torch.Tensor] = []
 
-    def follow(self, norm: torch.Tensor) -> bool:
-        """Told the norm of the gradients after each step, before anything is saved."""
-        if math.isfinite(norm.item()):
-            self.average.update()
-            return False
-        return self._back("a gradient was not finite")
+    def follow(self, norm: torch.Tensor, look: bool = True) -> bool:
+        """Told the norm of the gradients after each step; the average follows."""
+        self.sound = self.sound or [value.clone() for value in self.average.values]
+        self.average.update()
+        return look and self.look(norm)
+
+    @torch.no_grad()
+    def look(self, norm: torch.Tensor) -> bool:
+        """Now and then, since a GPU waits here, and before anything is saved: what is not finite once stays so."""
+        sound = math.isfinite(norm.item())
+        for value, kept in zip(self.average.values, self.sound, strict=True):
+            kept.copy_(value) if sound else value.copy_(kept)
+        return not sound and self._back("a gradient was not finite")
 
     def watch(self, loss: float) -> bool:
         """Told the smoothed loss now and then."""
