@@ -11,7 +11,7 @@ from PIL import Image
 
 import sd3kit
 import studies
-from sd3kit import records, study
+from sd3kit import study
 from sd3kit.dreambooth import subject
 from sd3kit.loading.names import NANO, resolve
 from sd3kit.recipe import __main__ as recipe
@@ -136,9 +136,7 @@ def in_json(path):
 FIGURES = {
     "card": lambda: [in_json(recipe.RECORD)],
     "eyes": lambda: [in_json(eyes.ANSWERS)],
-    "memory": lambda: records.stored("memory", "nano"),
-    "speed": lambda: records.stored("speed", "nano"),
-}
+}  # times and memory are the same with any weights
 
 
 @pytest.mark.parametrize("name", FIGURES)
