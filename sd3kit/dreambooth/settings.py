@@ -59,7 +59,7 @@ class Settings:
     num_class_images: int = option(100, "how many class pictures there should be")
     sample_batch_size: int = option(4, "how many of them are drawn at once")
     prior_generation_precision: str | None = option(
-        None, "to draw them in; none: fp16 on a GPU, else fp32", ("no", "fp32", "fp16", "bf16")
+        None, "the precision they are drawn in; not given: fp16 on a GPU, else fp32", ("no", "fp32", "fp16", "bf16")
     )
     # what is trained
     rank: int = option(4, "the rank of the LoRA matrices")
@@ -81,7 +81,7 @@ class Settings:
     gradient_accumulation_steps: int = option(1, "forward passes to an update")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, slower")
     learning_rate: float = option(1e-4, "the learning rate after the warm-up")
-    text_encoder_lr: float = option(5e-6, "the learning rate of the text encoders' LoRA; 0 stands")
+    text_encoder_lr: float = option(5e-6, "the learning rate of the text encoders' LoRA; 0 keeps them as they are")
     scale_lr: bool = option(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = option("constant", "how the learning rate changes", SCHEDULES)
     lr_warmup_steps: int = option(500, "updates of warm-up; schedule constant has none")
@@ -111,7 +111,7 @@ class Settings:
     resume_from_checkpoint: str | None = option(None, "a checkpoint's folder, or latest")
     validation_prompt: str | None = option(None, "a prompt that is drawn during training and at its end")
     num_validation_images: int = option(4, "how many pictures of it")
-    validation_epochs: int = option(50, "epochs between them")
+    validation_epochs: int = option(50, "epochs between two validations")
     report_to: str = option("tensorboard", "tensorboard, wandb, comet_ml, all or none; losses.jsonl is always written")
     logging_dir: str = option("logs", "the tracker's folder in the output folder")
     push_to_hub: bool = option(False, "upload the result to the Hub")
@@ -154,6 +154,11 @@ def parse(arguments: list[str] | None = None) -> Settings:
         def convert_arg_line_to_args(self, line: str) -> list[str]:
             line.encode()  # Python 3.12 reads bytes that are no UTF-8 as surrogates, which raise here
             return super().convert_arg_line_to_args(line)
+
+        def add_argument(self, *names: str, **how):
+            if names[0].startswith("--no_"):  # else it has the words of the option that it switches off
+                how["help"] = f"switch {names[0].replace('no_', '', 1)} off"
+            return super().add_argument(*names, **how)
 
         def error(self, message: str) -> typing.NoReturn:
             raise DreamBoothError(f"{message[0].upper()}{message[1:200]}; --help lists the options.")
