@@ -162,7 +162,7 @@ def test_the_cards_record_says_of_which_weights_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe.evaluate, "markdown", lambda record: "")
     monkeypatch.setattr(recipe, "RECORD", tmp_path / "evaluation.json")
     monkeypatch.setattr(recipe, "CARD", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "README.md").write_text(f"a card\n{recipe.evaluate.CARD_START}\n{recipe.evaluate.CARD_END}\n")
     assert recipe.main(["evaluate", "--no-floors", "--store"]) == 0
     assert in_json(recipe.RECORD)["weights"] == digest.weights()
 
