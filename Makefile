@@ -9,8 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports. To compile all files of torch while installing takes longer than to install it.
-INSTALL := $(BIN)/python -m pip install -q --no-compile
+PIP := $(BIN)/python -m pip
 # With an NVIDIA GPU PyPI's torch is right; without one torch-cpu.txt names the small build.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo -r torch-cpu.txt)
 # A test process for each core and one more, since some wait for a browser or a server; each with one thread: several
@@ -28,32 +27,32 @@ LESSONS := $(notdir $(wildcard notebooks/[0-9]*.ipynb))
 MISSING = $(filter-out $(notdir $(wildcard notebooks/mine/*.ipynb)),$(LESSONS))
 
 lab: $(VENV)/lab
-	$(INSTALL) --no-deps -e .
+	$(PIP) install -q --no-deps -e .
 	$(if $(MISSING),$(BIN)/jupyter nbconvert --log-level WARN --to notebook --ClearOutputPreprocessor.enabled=True \
 	    --output-dir notebooks/mine $(addprefix notebooks/,$(MISSING)))
 	$(BIN)/jupyter lab notebooks/mine/00_start_here.ipynb
 
 # The page's two libraries come from npm; a real model needs a server and the explorers.
 app: $(VENV)/app
-	$(INSTALL) --no-deps -e .
+	$(PIP) install -q --no-deps -e .
 	@if [ -n "$$SD3KIT_MODEL" ]; then $(BIN)/voila site/explorers.ipynb; \
 	elif command -v npm >/dev/null; then $(BIN)/python site/serve.py; \
 	else echo "There is no npm (Node.js), so this is the explorer and not the page."; $(BIN)/voila site/explorers.ipynb; fi
 
 test: $(VENV)/ready
-	$(INSTALL) --no-deps --force-reinstall .
+	$(PIP) install -q --no-deps --force-reinstall .
 	$(SPREAD) $(PYTEST)
 
 test-shapes: $(VENV)/ready
-	$(INSTALL) --no-deps --force-reinstall .
+	$(PIP) install -q --no-deps --force-reinstall .
 	SD3KIT_TEST_SHAPES=1 $(SPREAD) tests/test_shapes.py $(PYTEST)
 
 test-gpu: $(VENV)/ready
-	$(INSTALL) --no-deps --force-reinstall .
+	$(PIP) install -q --no-deps --force-reinstall .
 	$(BIN)/python tests/lessons.py --survey build/lessons $(NUMBERS)
 
 notebooks: $(VENV)/ready
-	$(INSTALL) --no-deps --force-reinstall .
+	$(PIP) install -q --no-deps --force-reinstall .
 	$(BIN)/python tests/lessons.py
 
 lint: $(VENV)/ready
@@ -63,19 +62,19 @@ lint: $(VENV)/ready
 $(VENV)/torch: pyproject.toml constraints.txt torch-cpu.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'sd3kit needs Python 3.11 to 3.13; set PYTHON=')"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --retries 1 --no-deps -c constraints.txt $(TORCH)
+	$(PIP) install -q --retries 1 --no-deps -c constraints.txt $(TORCH)
 	touch $@
 
 $(VENV)/lab: $(VENV)/torch
-	$(INSTALL) -c constraints.txt -e .[lab]
+	$(PIP) install -q -c constraints.txt -e .[lab]
 	touch $@
 
 $(VENV)/app: $(VENV)/lab
-	$(INSTALL) -c constraints.txt -e .[site]
+	$(PIP) install -q -c constraints.txt -e .[site]
 	touch $@
 
 $(VENV)/ready: $(VENV)/torch
-	$(INSTALL) -c constraints.txt -e .[dev]
+	$(PIP) install -q -c constraints.txt -e .[dev]
 	touch $@
 
 clean:
