@@ -127,12 +127,12 @@ def run(options: argparse.Namespace) -> int:
     records.read(options.out)
     settings = {"pictures": options.pictures, "threads": options.threads, "model": model}
     rows = {f"{n} learners": lambda n=n: seats(n, **settings) for n in options.learners}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = records.versions("torch", "diffusers", "transformers", "sd3kit")
-    # without the weights: whatever they are, they take the same time and memory
-    identity = {"study": "seats", **settings, "machine": records.processor(), "cores": cores, "versions": versions}
     command = f"python -m studies.seats --pictures {options.pictures} --threads {options.threads}"
     command += f" --model {shlex.quote(model)}"
+    stamp = records.stamp(command)
+    # without the weights: whatever they are, they take the same time and memory
+    identity = {"study": "seats", **settings, "machine": records.processor()}
+    identity |= {name: stamp[name] for name in ("cores", "versions")}
     measured = records.study(list(rows), lambda row: rows[row](), options.out, identity, command)
     print(report(measured))
     return 2 if any("seconds" not in record for record in measured) else 0
